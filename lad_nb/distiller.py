@@ -99,7 +99,7 @@ def check_weights(soft_weight, hard_weight, softmax_temp, mu):
     if not 0 < softmax_temp < float('inf'): raise ValueError(f"softmax_temp is {softmax_temp}; a temperature above 0 was expected.")
     if soft_weight == hard_weight == 0: raise ValueError("soft_weight and hard_weight are both 0: nothing would train the student's head.")
 
-# %% ../nbs/05_distiller.ipynb #85d8cc37
+# %% ../nbs/05_distiller.ipynb #d06f141b
 class Distiller(nn.Module):
     "A student, its frozen teacher and the objective between them"
     def __init__(self,
@@ -156,13 +156,13 @@ class Distiller(nn.Module):
         return self.objective(student_hidden, out.logits, teacher_hidden, teacher_logits, labels, attention_mask, output_states)
 
     def contributions(self,
-        out: DistilOutput,           # made with output_states=True
+        aggregates: Aggregates,      # `out.aggregates` of a forward pass with output_states=True
         attention_mask: Tensor=None, # (B, S)
         per_example: bool=False,     # keep the batch axis
     ) -> Tensor:                     # (T, T) or (B, T, T)
         "What each gate took from each layer; see `gates.contributions`"
         if not self.mapping.segments: raise ValueError(f"{self.mapping.name} has no gates.")
-        return contributions(out.aggregates, self.mapping.segments, self.mapping.T, attention_mask, per_example)
+        return contributions(aggregates, self.mapping.segments, self.mapping.T, attention_mask, per_example)
 
 def _check_fit(student, teacher, mapping):
     "Find a misfit of two configs and a mapping, and say both values and the remedy"

@@ -116,7 +116,7 @@ def _check_indices(what, indices, last):
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= last:
             raise ValueError(f"There is no {what} {k}: {what}s are counted from 1 to {last}.")
 
-# %% ../nbs/02_mappings.ipynb #365e9de9
+# %% ../nbs/02_mappings.ipynb #f9ba421b
 def _skip(T, M):
     if M < 1 or T < 1: raise ValueError(f"T is {T} and M is {M}; both are at least 1.")
     if T % M: raise ValueError(f"{T} teacher layers do not divide into {M} student layers. Take an M that divides {T} "
@@ -180,9 +180,14 @@ def bert_pkd(
     teacher_indices: list=None, # layers to learn from; all m*skip by default
     student_indices: list=None, # the student layers that learn from them, in the same order
     on: str='hidden',           # 'cls': [CLS] states alone, as Sun et al. 2019
+    odd: bool=False,            # teacher layers m*skip - 1 instead (for 12 -> 6: 1, 3, .., 11)
     name: str='bert_pkd',
 ) -> Mapping:
     "Student m learns from teacher layer m*skip (Sun et al. 2019)"
+    if odd:
+        if teacher_indices is not None or student_indices is not None: raise ValueError("odd chooses the teacher layers itself; leave teacher_indices and student_indices out.")
+        if (skip := _skip(T, M)) < 2: raise ValueError(f"odd takes teacher layers m*skip - 1, and there is no layer 0: it needs fewer than T = {T} student layers.")
+        teacher_indices, student_indices = range(skip - 1, T, skip), range(1, M + 1)
     return Mapping(name, T, M, _pairs(T, M, Layer, 'teacher', teacher_indices, student_indices), on=on)
 
 def alp_kd(
@@ -203,7 +208,7 @@ def kd(
     "The teacher's logits only (Hinton et al. 2015)"
     return Mapping(name, T, M)
 
-# %% ../nbs/02_mappings.ipynb #c7b45be6
+# %% ../nbs/02_mappings.ipynb #aab02fc6
 def _user_defined(general, first, name):
     "The general function, with its two index lists required"
     def method(T, M, **options):
@@ -220,6 +225,7 @@ methods = dict(
     partial_lad=partial_lad,
     lad_reversed=partial(lad, reverse=True, name='lad_reversed'),
     bert_pkd=bert_pkd,
+    bert_pkd_odd=partial(bert_pkd, odd=True, name='bert_pkd_odd'),
     bert_pkd_cls=partial(bert_pkd, on='cls', name='bert_pkd_cls'),
     pkd_hidden_user_defined=_user_defined(bert_pkd, 'teacher_indices', 'pkd_hidden_user_defined'),
     pkd_cls_user_defined=_user_defined(partial(bert_pkd, on='cls'), 'teacher_indices', 'pkd_cls_user_defined'),

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FAITHFUL', 'OURS', 'rte', 'Recipe', 'recipe_from_dict', 'recipe_table', 'mapping_of', 'teacher_folder',
-           'pretrained_of', 'build', 'make_trainer', 'run', 'describe', 'open_run']
+           'pretrained_of', 'settle', 'build', 'make_trainer', 'run', 'file_hash', 'describe', 'rerun',
+           'run_description', 'open_run']
 
-# %% ../nbs/08_recipes.ipynb #f6f4da79
+# %% ../nbs/08_recipes.ipynb #b5e6ed02
 import hashlib, inspect, json, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import pandas as pd
+import pandas as pd, torch
 from transformers import set_seed
 
 from .data import SMALL, encode, get_task, load_task, load_tokenizer, model_folder
@@ -20,7 +21,7 @@ from .mappings import Mapping, make_mapping, mapping_from_dict, mapping_to_dict,
 from .students import load_classifier, load_encoder, make_classifier, make_student
 from .training import DistilTrainer, check_new, check_settings, experiment_folder, find_checkpoint, load_gates, pick_device, train, training_arguments
 
-# %% ../nbs/08_recipes.ipynb #c84f9265
+# %% ../nbs/08_recipes.ipynb #77917176
 def _f(default, help, **kwargs): return field(default=default, metadata=dict(help=help, **kwargs))
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Recipe:
     gate_indices: tuple = _f(None, 'gates to learn from')
     teacher_indices: tuple = _f(None, 'teacher layers to learn from')
     student_indices: tuple = _f(None, 'student layers that learn from them, in the same order')
+    reverse_gate: bool = _f(False, 'teacher layers enter the gates from T down to 1')
     num_hidden_layers: int = _f(None, 'layers of the student (M)')
     d_model: int = _f(None, "hidden size of the student; the teacher's by default")
     d_ff: int = _f(None, 'inner size of its feed-forward layers')
@@ -58,6 +60,8 @@ class Recipe:
     accum_step: int = _f(1, 'micro-batches per update')
     total_step: int = _f(1155, 'updates')
     warmup_step: int = _f(346, 'updates with a rising learning rate')
+    epoch: float = _f(None, 'passes over the training rows, instead of total_step')
+    warmup_rate: float = _f(None, 'share of total_step with a rising learning rate, instead of warmup_step')
     lr: float = _f(3e-4, "student's learning rate")
     beta1: float = _f(0.9, 'of Adam')
     beta2: float = _f(0.999, 'of Adam')
@@ -81,6 +85,8 @@ class Recipe:
     log_step: int = _f(10, 'updates between log lines')
     seed: int = _f(42, 'of weights, dropout and order')
     device_id: int = _f(None, '-1 is the CPU, else a CUDA index; the best there is by default')
+    tdevice_id: int = _f(None, "the teacher's device, if it is another CUDA device")
+    gate_device_id: int = _f(None, "accepted as in the run book; gates live on the student's device")
 
     @property
     def distils(self) -> bool: return self.method not in ('fine_tune', 'undistilled')
@@ -125,7 +131,7 @@ def recipe_table(
     table = pd.DataFrame({n: r.to_dict() for n, r in recipes.items()}).T
     return table.loc[:, table.astype(str).nunique() > 1]
 
-# %% ../nbs/08_recipes.ipynb #67327590
+# %% ../nbs/08_recipes.ipynb #188bd38e
 def mapping_of(
     recipe: Recipe, # its method and indices
     T: int,         # teacher layers
@@ -133,7 +139,7 @@ def mapping_of(
     "The mapping that a recipe means"
     if not recipe.distils: return None
     if recipe.num_hidden_layers is None: raise ValueError("num_hidden_layers, the student's number of layers, was not given.")
-    return make_mapping(recipe.method, T, recipe.num_hidden_layers, gate_indices=recipe.gate_indices, teacher_indices=recipe.teacher_indices, student_indices=recipe.student_indices)
+    return make_mapping(recipe.method, T, recipe.num_hidden_layers, reverse=recipe.reverse_gate or None, gate_indices=recipe.gate_indices, teacher_indices=recipe.teacher_indices, student_indices=recipe.student_indices)
 
 def teacher_folder(
     recipe: Recipe,          # names a teacher
@@ -151,6 +157,19 @@ def pretrained_of(
     for place in (Path(folder), Path(folder).parent):
         if (place/'recipe.json').is_file(): return json.loads((place/'recipe.json').read_text()).get('recipe', {}).get('ptrain_ver')
 
+def settle(
+    recipe: Recipe, # may count in epochs
+    rows: int,      # of the training split
+) -> Recipe:        # counts in updates
+    "epoch and warmup_rate as total_step and warmup_step"
+    if recipe.epoch is not None:
+        if not 0 < recipe.epoch < float('inf'): raise ValueError(f"epoch is {recipe.epoch}; a number above 0 was expected.")
+        recipe = recipe.replace(total_step=max(1, round(recipe.epoch*(rows//recipe.batch_size))), epoch=None)
+    if recipe.warmup_rate is not None:
+        if not 0 <= recipe.warmup_rate <= 1: raise ValueError(f"warmup_rate is {recipe.warmup_rate}; a share from 0 to 1 was expected.")
+        recipe = recipe.replace(warmup_step=int(recipe.warmup_rate*recipe.total_step), warmup_rate=None)
+    return recipe
+
 def _check(recipe):
     "What can be said of a recipe without opening a file"
     get_task(recipe.task)
@@ -160,7 +179,8 @@ def _check(recipe):
     if recipe.init_from not in ('pretrained', 'teacher'): raise ValueError(f"init_from is {recipe.init_from!r}; it is 'pretrained' or 'teacher'.")
     if recipe.norm == 'sequence' and recipe.padding != 'max_length': raise ValueError("norm='sequence' needs padding='max_length': its LayerNorm has one fixed length.")
     if recipe.method == 'undistilled' and recipe.num_hidden_layers is None: raise ValueError("num_hidden_layers, the student's number of layers, was not given.")
-    check_settings(recipe.to_dict())
+    if recipe.gate_device_id not in (None, recipe.device_id): warnings.warn(f"gate_device_id is {recipe.gate_device_id}: gates live on the student's device, {recipe.device_id}.")
+    check_settings(recipe.to_dict() | (dict(warmup_step=0) if recipe.epoch is not None or recipe.warmup_rate is not None else {}))
     if recipe.distils: check_weights(recipe.soft_weight, recipe.hard_weight, recipe.softmax_temp, recipe.mu)
 
 def _encoder(recipe, teacher, folder):
@@ -207,11 +227,15 @@ def make_trainer(
     "A trainer that is ready to go"
     _check(recipe)
     folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
+    rows = load_task(recipe.task, recipe.dataset, recipe.data_dir, recipe.train_size, recipe.sample_seed)
+    recipe = settle(recipe, len(rows))
     names = [p for p in inspect.signature(training_arguments).parameters if p not in ('folder', 'progress')]
     args = training_arguments(folder, progress=progress, **{n: getattr(recipe, n) for n in names})
-    rows = load_task(recipe.task, recipe.dataset, recipe.data_dir, recipe.train_size, recipe.sample_seed)
     distiller, tokenizer = build(recipe, root)
-    return DistilTrainer(distiller, args, encode(rows, tokenizer, recipe.max_seq_len), tokenizer, callbacks)
+    if distiller.teacher is not None and recipe.tdevice_id not in (None, recipe.device_id) and torch.cuda.device_count() > 1: distiller.teacher.to('cuda:1')
+    trainer = DistilTrainer(distiller, args, encode(rows, tokenizer, recipe.max_seq_len), tokenizer, callbacks)
+    trainer.description = describe(recipe, distiller, root)
+    return trainer
 
 def run(
     recipe: Recipe,          # what to run
@@ -224,7 +248,13 @@ def run(
     _check(recipe)
     check_new(experiment_folder(recipe.experiment, recipe.task, recipe.model, root), resume)
     trainer = make_trainer(recipe, root, progress, callbacks)
-    return train(trainer, describe(recipe, trainer.model, root), resume)
+    return train(trainer, trainer.description, resume)
+
+def file_hash(
+    path: str, # a file
+) -> str:      # sha256, in hex
+    "What tells one file from another"
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def describe(
     recipe: Recipe,          # asked for
@@ -234,17 +264,40 @@ def describe(
     "What a run folder says of itself"
     teacher = teacher_folder(recipe, root) if recipe.distils else None
     return dict(recipe=recipe.to_dict(), mapping=mapping_to_dict(distiller.mapping),
-                teacher=None if teacher is None else dict(folder=str(teacher.resolve()), sha256=hashlib.sha256((teacher/'model.safetensors').read_bytes()).hexdigest()))
+                teacher=None if teacher is None else dict(folder=str(teacher.resolve()), sha256=file_hash(teacher/'model.safetensors')))
 
-# %% ../nbs/08_recipes.ipynb #d8b6688e
+# %% ../nbs/08_recipes.ipynb #4f2720b9
+def rerun(
+    folder: str,          # a run folder
+    experiment: str=None, # name of the new run; the old one's with _rerun by default
+    resume: bool=False, progress: bool=True, # as in `run`
+) -> Path:                # the new run folder
+    "Train the recipe of a run folder again"
+    folder = Path(folder)
+    said = run_description(folder)
+    recipe = recipe_from_dict(said)
+    if said.get('teacher'):
+        teacher = teacher_folder(recipe, folder.parent)
+        if (found := file_hash(teacher/'model.safetensors')) != said['teacher']['sha256']:
+            raise ValueError(f"The teacher {teacher} is not the one that {folder} learned from: sha256 {found[:12]}.., {said['teacher']['sha256'][:12]}.. was expected.")
+    return run(recipe.replace(experiment=experiment or f'{recipe.experiment}_rerun'), folder.parent, resume, progress)
+
+def run_description(
+    folder: str, # a run folder
+) -> dict:       # its recipe.json
+    "What a run folder says of itself"
+    path = Path(folder)/'recipe.json'
+    if not path.is_file(): raise FileNotFoundError(f"{folder} is no run folder: it has no recipe.json.")
+    return json.loads(path.read_text())
+
+# %% ../nbs/08_recipes.ipynb #0e966720
 def open_run(
     folder: str,    # a run folder
     step: int=None, # a checkpoint's update step; the end of the run by default
 ) -> tuple:         # Distiller in eval mode, tokenizer, Recipe
     "A run's distiller as it was"
     folder = Path(folder)
-    if not (folder/'recipe.json').is_file(): raise FileNotFoundError(f"{folder} is no run folder: it has no recipe.json.")
-    said = json.loads((folder/'recipe.json').read_text())
+    said = run_description(folder)
     recipe, place = recipe_from_dict(said), folder if step is None else find_checkpoint(folder, step)
     student = load_classifier(place, recipe.task)
     teacher = load_classifier(said['teacher']['folder'], recipe.task) if said.get('teacher') else None

@@ -26,7 +26,7 @@ from .data import collator
 from .distiller import Distiller, DistilOutput, Objective
 from .students import quiet
 
-# %% ../nbs/06_training.ipynb #bb70282e
+# %% ../nbs/06_training.ipynb #2a194c1b
 @dataclass
 class DistilArguments(TrainingArguments):
     "`TrainingArguments`, and the second set of settings that gates and projections have"
@@ -61,6 +61,7 @@ def training_arguments(
     seed: int=42,             # of dropout and of the order of rows
     padding: str='max_length', max_seq_len: int=128, # of batches
     device_id: int=None,      # -1 is the CPU; a CUDA device otherwise; None is the best there is
+    tdevice_id: int=None,     # the teacher's CUDA device, if it is another
     progress: bool=True,      # show a progress bar
 ) -> DistilArguments:
     "Settings in the run book's names, checked"
@@ -76,7 +77,7 @@ def training_arguments(
         max_norm=max_norm, gate_lr=gate_lr, gate_beta1=gate_beta1, gate_beta2=gate_beta2, gate_eps=gate_eps, gate_weight_decay=gate_weight_decay,
         gate_max_norm=gate_max_norm, gate_total_step=gate_total_step, gate_warmup_step=gate_warmup_step, save_steps=ckpt_step, save_strategy='steps',
         logging_steps=log_step, logging_strategy='steps', seed=seed, data_seed=seed, padding=padding, max_seq_len=max_seq_len,
-        use_cpu=pick_device(device_id) == 'cpu', disable_tqdm=not progress, max_grad_norm=0., logging_nan_inf_filter=False, report_to='none',
+        use_cpu=pick_device(device_id, tdevice_id) == 'cpu', disable_tqdm=not progress, max_grad_norm=0., logging_nan_inf_filter=False, report_to='none',
         dataloader_pin_memory=torch.cuda.is_available())
 
 def check_settings(settings):
@@ -97,15 +98,17 @@ def check_settings(settings):
 
 def pick_device(
     device_id: int=None, # -1: the CPU; a CUDA index; None: the best there is
+    beside: int=None,    # a second CUDA index to keep visible, for the teacher: it becomes cuda:1
 ) -> str:                # 'cpu', 'cuda' or 'mps'
-    "The kind of device to train on; a CUDA index becomes the only visible device, one that is not there falls back with a warning"
+    "The kind of device to train on; a CUDA index becomes the visible cuda:0, one that is not there falls back with a warning"
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if device_id is None: return best
     if device_id == -1: return 'cpu'
     if device_id < -1: raise ValueError(f"device_id is {device_id}; -1 (the CPU) or a CUDA index from 0 up was expected.")
     if device_id < torch.cuda.device_count():
         visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))
-        if not torch.cuda.is_initialized(): os.environ['CUDA_VISIBLE_DEVICES'] = visible.split(',')[device_id]
+        wanted = [device_id] + ([beside] if beside not in (None, device_id) and 0 <= beside < torch.cuda.device_count() else [])
+        if not torch.cuda.is_initialized(): os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(visible.split(',')[i] for i in wanted)
         elif device_id != torch.cuda.current_device(): warnings.warn(f"CUDA is already in use on device {torch.cuda.current_device()}; training stays there.")
         return 'cuda'
     warnings.warn(f"There is no CUDA device {device_id} here ({torch.cuda.device_count()} found); training on the best there is: {best}.")
@@ -121,7 +124,7 @@ def linear_schedule(
     if step < warmup_step: return step/warmup_step
     return max(0., (total_step - step)/max(1, total_step - warmup_step))
 
-# %% ../nbs/06_training.ipynb #c84fd49f
+# %% ../nbs/06_training.ipynb #7fe3b430
 class DistilTrainer(Trainer):
     "Trains a `Distiller`"
     def __init__(self,
@@ -157,7 +160,7 @@ class DistilTrainer(Trainer):
                 named = [(f'{half}.{n}', p) for n, p in module.named_parameters()]
                 for names, weight_decay in ((lambda n: n in decayed, decay), (lambda n: n not in decayed, 0.)):
                     if params := [p for n, p in named if names(n)]: groups.append(dict(params=params, half=half, weight_decay=weight_decay, **settings))
-            self.optimizer = torch.optim.AdamW(groups)
+            self.optimizer = torch.optim.AdamW(groups, fused=self.args.device.type in ('cpu', 'cuda')) # one kernel instead of several passes over memory
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -180,8 +183,12 @@ class DistilTrainer(Trainer):
         "The parts of the loss beside their sum, and the gates' learning rate beside the student's"
         if 'loss' in logs:
             logs.update(self.loss_parts.means(self.accelerator, self.model.mapping))
+            if self.clipper.grad_norm is not None: logs['grad_norm'] = self.clipper.grad_norm.item()
             if self.clipper.gate_lr is not None: logs['gate_learning_rate'] = self.clipper.gate_lr
         super().log(logs, start_time)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        "Not here: clipping knows the norms, and a second pass over all gradients costs time"
 
     def _save(self, output_dir=None, state_dict=None):
         "Student, tokenizer and gates, each in the form that its own library loads; no pickles"
@@ -214,7 +221,7 @@ def load_gates(
     path = Path(folder)/'gates.safetensors'
     if objective.state_dict(): objective.load_state_dict(safetensors.torch.load_file(path))
 
-# %% ../nbs/06_training.ipynb #1f99bbbc
+# %% ../nbs/06_training.ipynb #15dd593b
 class LossParts(TrainerCallback, ExportableState):
     "Sums hard, soft and hidden losses between two log lines"
     def __init__(self): self.sums, self.count = None, 0
@@ -240,12 +247,12 @@ class LossParts(TrainerCallback, ExportableState):
 
 class ClipBlocks(TrainerCallback):
     "Clips the student as one and each gate by itself"
-    def __init__(self, trainer): self.trainer, self.gate_lr = trainer, None
+    def __init__(self, trainer): self.trainer, self.gate_lr, self.grad_norm = trainer, None, None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         distiller, optimizer = self.trainer.model, self.trainer.optimizer
         clip = self.trainer.accelerator.clip_grad_norm_
-        clip(distiller.student.parameters(), args.max_norm)
+        self.grad_norm = clip(distiller.student.parameters(), args.max_norm) # the student's, before clipping
         for block in distiller.objective.blocks().values(): clip(block.parameters(), args.gate_max_norm)
         self.gate_lr = next((g['lr'] for g in optimizer.param_groups if g['half'] == 'objective'), None)
 
