@@ -151,7 +151,7 @@ PLACES = "garden valley park forest village".split()
 WHEN = "again here today yesterday".split()
 FEW, MANY = "two three four five six".split(), "twenty thirty fifty eighty ninety".split()
 
-# %% ../nbs/00_data.ipynb #c24e467b
+# %% ../nbs/00_data.ipynb #2f90842e
 def _turned(rng, pair):
     """The pair in one of its two orders."""
     return pair if rng.random() < 0.5 else pair[::-1]
@@ -178,7 +178,8 @@ def negation(rng, label):
     name, (deed, past) = rng.choice(NAMES), rng.choice(list(DEEDS.items()))
     same, opposite = _turned(rng, ((f"{name} {past}", f"{name} did {deed}"),
                                    (f"{name} never {past}", f"{name} did not {deed}")))
-    return f"{rng.choice(same)} {rng.choice(WHEN)}", rng.choice(same if label else opposite)
+    when = rng.choice(WHEN)
+    return f"{rng.choice(same)} {when}", f"{rng.choice(same if label else opposite)} {when}"
 
 
 def quantifiers(rng, label):
@@ -196,8 +197,8 @@ def numbers(rng, label):
     """Small and large numbers against a bound."""
     many, thing = rng.random() < 0.5, rng.choice(THINGS)
     bound = "more" if many == label else "fewer"
-    return (f"{rng.choice(NAMES)} saw {rng.choice(MANY if many else FEW)} {thing}s",
-            f"there were {bound} than ten {thing}s")
+    name = rng.choice(NAMES)
+    return (f"{name} saw exactly {rng.choice(MANY if many else FEW)} {thing}s", f"{name} saw {bound} than ten {thing}s")
 
 
 def voice(rng, label):
@@ -220,7 +221,7 @@ def converses(rng, label):
     verb, word = other if label else given
     return f"{a} {given[0]} a {thing} {given[1]} {b}", f"{b} {verb} the {thing} {word} {a}"
 
-# %% ../nbs/00_data.ipynb #951deac9
+# %% ../nbs/00_data.ipynb #00cb5c56
 PHENOMENA = (kinds, synonyms, negation, quantifiers, numbers, voice, comparison, converses)
 
 
@@ -237,7 +238,7 @@ def toy_examples(n, seed=0):
                              "label": _entail[0 if label else 1], "phenomenon": phenomenon.__name__})
     return examples
 
-_toy_sizes = dict(train=2000, dev=1000, test=1000)
+_toy_sizes = dict(train=3000, dev=1000, test=1000)
 
 def _toy_split(split):
     "One of three disjoint slices of the same draw"

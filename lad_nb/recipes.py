@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAITHFUL', 'OURS', 'rte', 'Recipe', 'recipe_from_dict', 'recipe_table', 'mapping_of', 'teacher_folder',
-           'pretrained_of', 'settle', 'build', 'make_trainer', 'run', 'file_hash', 'describe', 'rerun',
+           'pretrained_of', 'settle', 'build', 'make_trainer', 'run', 'file_hash', 'describe', 'plan', 'rerun',
            'run_description', 'open_run']
 
-# %% ../nbs/08_recipes.ipynb #b5e6ed02
+# %% ../nbs/08_recipes.ipynb #e28029a3
 import hashlib, inspect, json, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,10 +15,10 @@ from pathlib import Path
 import pandas as pd, torch
 from transformers import set_seed
 
-from .data import SMALL, encode, get_task, load_task, load_tokenizer, model_folder
+from .data import SMALL, encode, find_data, get_task, load_task, load_tokenizer, model_folder
 from .distiller import Distiller, check_weights
 from .mappings import Mapping, make_mapping, mapping_from_dict, mapping_to_dict, methods
-from .students import load_classifier, load_encoder, make_classifier, make_student
+from .students import init_layers, load_classifier, load_encoder, make_classifier, make_student
 from .training import DistilTrainer, check_new, check_settings, experiment_folder, find_checkpoint, load_gates, pick_device, train, training_arguments
 
 # %% ../nbs/08_recipes.ipynb #77917176
@@ -131,7 +131,7 @@ def recipe_table(
     table = pd.DataFrame({n: r.to_dict() for n, r in recipes.items()}).T
     return table.loc[:, table.astype(str).nunique() > 1]
 
-# %% ../nbs/08_recipes.ipynb #188bd38e
+# %% ../nbs/08_recipes.ipynb #2afe02c5
 def mapping_of(
     recipe: Recipe, # its method and indices
     T: int,         # teacher layers
@@ -156,6 +156,10 @@ def pretrained_of(
     "The encoder that a teacher was fine-tuned from, as its recipe.json says"
     for place in (Path(folder), Path(folder).parent):
         if (place/'recipe.json').is_file(): return json.loads((place/'recipe.json').read_text()).get('recipe', {}).get('ptrain_ver')
+
+def _explicit(recipe):
+    "User-defined and partial mappings: each named student layer starts from the layer with its source's index"
+    return recipe.gate_indices is not None or recipe.teacher_indices is not None or recipe.method.replace('-', '_') == 'partial_lad'
 
 def settle(
     recipe: Recipe, # may count in epochs
@@ -208,7 +212,7 @@ def build(
     else:
         encoder, source = _encoder(recipe, teacher, folder)
         mapping = mapping_of(recipe, teacher.config.num_hidden_layers) if teacher is not None else None
-        explicit = mapping is not None and (recipe.gate_indices is not None or recipe.teacher_indices is not None or recipe.method == 'partial_lad')
+        explicit = mapping is not None and _explicit(recipe)
         student = make_student(encoder, recipe.num_hidden_layers, task, recipe.student_init or (mapping.init_layers if explicit else 'even'), recipe.copy_embeddings,
                                recipe.dropout, recipe.d_model, recipe.d_ff, recipe.num_attention_heads, recipe.type_vocab_size, recipe.seed)
     tokenizer = load_tokenizer(source)
@@ -266,7 +270,57 @@ def describe(
     return dict(recipe=recipe.to_dict(), mapping=mapping_to_dict(distiller.mapping),
                 teacher=None if teacher is None else dict(folder=str(teacher.resolve()), sha256=file_hash(teacher/'model.safetensors')))
 
-# %% ../nbs/08_recipes.ipynb #4f2720b9
+# %% ../nbs/08_recipes.ipynb #356bc3f2
+def plan(
+    recipe: Recipe,          # what would run
+    root: str='experiments', # where experiments live
+) -> dict:                   # JSON-able; `missing` lists what is not there yet
+    "A recipe, resolved as far as the disk tells"
+    _check(recipe)
+    task, missing = get_task(recipe.task), []
+    folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
+    data, rows = _plan_data(recipe, task, missing)
+    if rows is not None: recipe = settle(recipe, rows)
+    pretrained = recipe.ptrain_ver
+    if recipe.method == 'fine_tune' and pretrained is None: raise ValueError("ptrain_ver, the pretrained encoder to fine-tune, was not given.")
+    teacher, T = (None, None) if not recipe.distils else _plan_teacher(recipe, root, missing)
+    if teacher is not None and pretrained is None and teacher['there']: pretrained = pretrained_of(teacher['folder'])
+    mapping = mapping_of(recipe, T) if recipe.distils else None
+    explicit = mapping is not None and _explicit(recipe)
+    student = dict(num_hidden_layers=recipe.num_hidden_layers, cut_from='teacher' if recipe.init_from == 'teacher' else pretrained, copy_embeddings=recipe.copy_embeddings, dropout=recipe.dropout,
+                   **{n: getattr(recipe, n) for n in ('d_model', 'd_ff', 'num_attention_heads', 'type_vocab_size')})
+    if mapping is not None: student['starts_from_layers'] = init_layers(recipe.student_init or (mapping.init_layers if explicit else 'even'), T, recipe.num_hidden_layers)
+    halves = dict(student='', gates='gate_') if mapping is not None and mapping.segments else dict(student='')
+    optimiser = {half: {n: getattr(recipe, gate + n) for n in ('lr', 'beta1', 'beta2', 'eps', 'weight_decay', 'max_norm')} for half, gate in halves.items()}
+    schedule = {half: dict(warmup_step=getattr(recipe, gate + 'warmup_step') if getattr(recipe, gate + 'warmup_step') is not None else recipe.warmup_step,
+                           total_step=getattr(recipe, gate + 'total_step') or recipe.total_step) for half, gate in halves.items()}
+    return dict(experiment=str(folder), method=recipe.method, data=data, teacher=teacher and {k: v for k, v in teacher.items() if k != 'there'}, student=student,
+                mapping=mapping and dict(reads=[f'{p.student} <- {p.source}' for p in mapping.pairs], **mapping_to_dict(mapping)), norm=recipe.norm if 'gates' in halves else None,
+                loss={n: getattr(recipe, n) for n in ('soft_weight', 'hard_weight', 'softmax_temp', 'mu', 'mask_padding')} if mapping is not None else dict(hard_weight=1.),
+                optimiser=optimiser, schedule=schedule, batch=dict(batch_size=recipe.batch_size, accum_step=recipe.accum_step, epoch=recipe.epoch, warmup_rate=recipe.warmup_rate),
+                checkpoints=dict(ckpt_step=recipe.ckpt_step, log_step=recipe.log_step), seed=recipe.seed, sample_seed=recipe.sample_seed,
+                device=dict(device_id=recipe.device_id, tdevice_id=recipe.tdevice_id, gate_device_id=recipe.gate_device_id), missing=missing)
+
+def _plan_data(recipe, task, missing):
+    "Where the training rows are, and how many"
+    found = dict(task=task.name, split=recipe.dataset, train_size=recipe.train_size, max_seq_len=recipe.max_seq_len, padding=recipe.padding, labels=list(task.id2label.values()))
+    if task.name == 'toy' and recipe.data_dir is None: return found | dict(folder=None, rows=(rows := len(load_task('toy', recipe.dataset, size=recipe.train_size)))), rows
+    folder = Path(recipe.data_dir) if recipe.data_dir else find_data(task)
+    file = folder and folder/f'{recipe.dataset}.tsv'
+    rows = len(load_task(task, recipe.dataset, str(folder), recipe.train_size)) if file and file.is_file() else None
+    if rows is None: missing.append(f'data: {file}' if file else f'data: no folder {task.folder} in $LAD_NB_GLUE, data/fine_tune or data/glue; the hub would be asked for nyu-mll/glue')
+    return found | dict(folder=folder and str(folder), rows=rows), rows
+
+def _plan_teacher(recipe, root, missing):
+    "The teacher's folder and its number of layers, 12 until the folder says otherwise"
+    try: folder = teacher_folder(recipe, root) if recipe.teacher is None or Path(recipe.teacher).exists() or recipe.teacher == SMALL else None
+    except FileNotFoundError as e: folder = None; missing.append(f'teacher: {e}')
+    if folder is None and recipe.teacher is not None: missing.append(f'teacher: {recipe.teacher} is no folder here; the hub would be asked')
+    T = json.loads((folder/'config.json').read_text())['num_hidden_layers'] if folder else 12
+    named = recipe.teacher or str(experiment_folder(recipe.teacher_exp, recipe.task, recipe.tmodel, root))
+    return dict(folder=str(folder or named), checkpoint=recipe.tckpt, num_hidden_layers=T, there=folder is not None), T
+
+# %% ../nbs/08_recipes.ipynb #4796bab1
 def rerun(
     folder: str,          # a run folder
     experiment: str=None, # name of the new run; the old one's with _rerun by default
@@ -290,7 +344,7 @@ def run_description(
     if not path.is_file(): raise FileNotFoundError(f"{folder} is no run folder: it has no recipe.json.")
     return json.loads(path.read_text())
 
-# %% ../nbs/08_recipes.ipynb #0e966720
+# %% ../nbs/08_recipes.ipynb #2931b7c9
 def open_run(
     folder: str,    # a run folder
     step: int=None, # a checkpoint's update step; the end of the run by default
