@@ -8,15 +8,17 @@ __all__ = ['tasks', 'NAMES', 'KINDS', 'OPPOSITES', 'DEGREES', 'DEEDS', 'ACTIONS'
            'numbers', 'voice', 'comparison', 'converses', 'toy_examples', 'find_data', 'features', 'splits',
            'load_task', 'model_folder', 'load_tokenizer', 'encode', 'collator']
 
-# %% ../nbs/00_data.ipynb #dc5ee95f
+# %% ../nbs/00_data.ipynb #8c8e61c9
 import contextlib, importlib.util, os, random, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
-from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding
+from datasets import ClassLabel, Dataset, Features, Value
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import AutoTokenizer, DataCollatorWithPadding
 
 # %% ../nbs/00_data.ipynb #0c820b8b
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def _toy_split(split):
     if split == 'test': names.pop('label')
     return Dataset.from_list(rows, features=names)
 
-# %% ../nbs/00_data.ipynb #aaa6ebf4
+# %% ../nbs/00_data.ipynb #f8b559cb
 _hub_splits = {'dev': 'validation', 'dev_matched': 'validation_matched', 'dev_mismatched': 'validation_mismatched'}
 
 def find_data(
@@ -280,12 +282,18 @@ def _from_folder(task, folder, split, bad_rows):
 def _from_hub(task, split):
     hub_columns = task.hub_columns or task.columns
     if task.name not in tasks or task.name == 'toy': raise FileNotFoundError(f"The task {task.name} is not on the hub: name its folder with data_dir.")
-    try: data = load_dataset('nyu-mll/glue', task.name, split=_hub_splits.get(split, split))
+    pattern = f'{task.name}/{_hub_splits.get(split, split)}-*.parquet'
+    try:
+        files = sorted(Path(snapshot_download('nyu-mll/glue', repo_type='dataset', allow_patterns=[pattern], etag_timeout=5)).glob(pattern))
+        if not files: raise FileNotFoundError(pattern)
+        data = Dataset.from_parquet([str(f) for f in files])
     except Exception as e:
         raise FileNotFoundError(f"No data for {task.name}: there is no folder {task.folder} in $LAD_NB_GLUE, data/fine_tune or data/glue, and the hub's "
             f"nyu-mll/glue did not answer ({type(e).__name__}). Name the folder of its TSV files with data_dir, set LAD_NB_GLUE to the folder of such "
             "folders, connect to the hub, or take the built-in task 'toy'.") from e
     names = features(task)
+    theirs = getattr(data.features['label'], 'names', None)
+    if theirs and tuple(theirs) != task.labels: raise ValueError(f"The hub's {task.name} has labels {theirs}, {list(task.labels)} was expected.")
     data = data.rename_columns({h: f'sentence{i + 1}' for i, h in enumerate(hub_columns) if h != f'sentence{i + 1}'})
     if split in task.test: names.pop('label')
     return data.select_columns(list(names)).cast(names)
@@ -316,7 +324,7 @@ def load_task(
     if not 0 < size <= len(data): raise ValueError(f"size is {size}; the {split} split of {task.name} has {len(data)} rows, so 1 to {len(data)} is allowed.")
     return data.shuffle(seed=sample_seed).select(range(size))
 
-# %% ../nbs/00_data.ipynb #673c3894
+# %% ../nbs/00_data.ipynb #20db2134
 SMALL = 'all-minilm-l6-v2' # the small pretrained BERT that works offline
 _wanted_files = ['config.json', 'model.safetensors', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer*.json', 'vocab.txt', 'special_tokens_map.json']
 
@@ -339,8 +347,6 @@ def model_folder(
     return _from_model_hub(str(name))
 
 def _from_model_hub(name):
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     try: return Path(snapshot_download(name, allow_patterns=_wanted_files, etag_timeout=5))
     except (HfHubHTTPError, HFValidationError) as e: why = f"the hub knows no such model ({type(e).__name__})"
     except Exception as e: why = f"the hub did not answer ({type(e).__name__}), and it is not in the local cache"

@@ -1,0 +1,46 @@
+"""What the tests share: real data when it is there, and a small teacher trained once."""
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='run the tests marked slow as well')
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption('--slow'):
+        for item in items:
+            if 'slow' in item.keywords: item.add_marker(pytest.mark.skip(reason='takes minutes: pytest --slow runs it'))
+
+
+@pytest.fixture(scope='session')
+def glue():
+    """The folder of real GLUE folders: LAD_NB_GLUE, or shared/data/glue beside the project."""
+    folder = Path(os.environ.get('LAD_NB_GLUE') or ROOT.parent/'shared'/'data'/'glue')
+    if not (folder/'RTE').is_dir(): pytest.skip(f'no GLUE data: {folder} has no RTE; LAD_NB_GLUE names the folder that has')
+    return folder
+
+
+FEW = dict(task='toy', max_seq_len=32, batch_size=16, total_step=4, warmup_step=1, ckpt_step=2, log_step=2, device_id=-1)
+
+
+@pytest.fixture(scope='session')
+def experiments(tmp_path_factory):
+    """A folder of experiments with one teacher in it, fine-tuned on the toy task for four updates."""
+    from lad_nb.data import SMALL
+    from lad_nb.recipes import rte, run
+    root = tmp_path_factory.mktemp('experiments')
+    run(rte['fine_tune'].replace(experiment='teacher', ptrain_ver=SMALL, lr=5e-5, **FEW), root, progress=False)
+    return root
+
+
+@pytest.fixture
+def lad():
+    """A LAD recipe of four updates that learns from that teacher."""
+    from lad_nb.recipes import rte
+    return rte['lad'].replace(experiment='lad', num_hidden_layers=3, teacher_exp='teacher', tckpt=4, **FEW)

@@ -1,0 +1,182 @@
+"""Commands as a person types them: what they print, what they refuse, and that a refusal writes nothing."""
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from conftest import FEW
+from transformers import BertConfig, BertForSequenceClassification
+
+from lad_nb import cli
+from lad_nb.data import SMALL, load_tokenizer
+from lad_nb.recipes import recipe_from_dict, rte, run
+
+FLAGS = '--task toy --max_seq_len 32 --batch_size 16 --total_step 4 --warmup_step 1 --ckpt_step 2 --log_step 2 --device_id -1'
+LAD = f'run_lad_distil --experiment new --teacher_exp teacher --tckpt 4 --num_hidden_layers 3 {FLAGS}'
+
+
+def lad_nb(line, root, capsys):
+    code = cli.main([*line.split(), '--root', str(root)] if root else line.split())
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def contents(root): return sorted(str(p.relative_to(root)) for p in root.rglob('*'))
+
+
+REFUSED = [  # what is typed after LAD's usual flags (the last of a flag wins), what the message says
+    ('--task rtee', "no task 'rtee'. Tasks are: rte"),
+    ('--num_hidden_layers 4', 'Take an M that divides 6 (1, 2, 3, 6)'),
+    ('--gate_indices 2,7 --student_indices 1,2', 'gates are counted from 1 to 6'),
+    ('--gate_indices 2,4 --student_indices 1,1', 'named twice'),
+    ('--gate_indices 2,4 --student_indices 1,4', 'student layers are counted from 1 to 3'),
+    ('--gate_indices 2,4 --student_indices 1', 'must be of one length'),
+    ('--student_indices 1,2', 'student_indices without gate_indices'),
+    ('--gate_indices 2 --teacher_indices 2 --student_indices 1', 'give one'),
+    ('--gate_indices two', 'is no list of layers'),
+    ('--teacher_exp nobody', 'There are: teacher_bert_toy'),
+    ('--tckpt 3', 'There are: 2, 4'),
+    ('--teacher nowhere/at/all', 'no folder nowhere/at/all'),
+    ('--teacher bert-base-uncased', 'which works offline'),
+    ('--ptrain_ver bert-base-uncased', 'which works offline'),
+    ('--data_dir nowhere', 'no folder nowhere'),
+    ('--batch_size 30 --accum_step 4', 'batch_size 30 is not divisible by accum_step 4'),
+    ('--batch_size 4096', 'only 3000 training rows'),
+    ('--softmax_temp 0', 'softmax_temp is 0.0; a temperature above 0'),
+    ('--soft_weight -1', 'soft_weight is -1.0; a number from 0 up'),
+    ('--soft_weight 0 --hard_weight 0', 'both 0'),
+    ('--mu nan', 'mu is nan'),
+    ('--lr 0', 'lr is 0.0; a number above 0'),
+    ('--total_step 0', 'total_step is 0'),
+    ('--warmup_step 5', 'warmup_step 5 is more than total_step 4'),
+    ('--epoch 0', 'epoch is 0.0'),
+    ('--warmup_rate 2', 'warmup_rate is 2.0'),
+    ('--beta1 1', 'beta1 is 1.0'),
+    ('--dropout 1', 'dropout is 1.0'),
+    ('--device_id -2', 'device_id is -2'),
+    ('--max_seq_len 1000', '4 to 512 is allowed'),
+    ('--model gpt', "lad_nb distils 'bert'"),
+    ('--experiment ../out', 'letters, digits'),
+    ('--student_init last', "'even', 'first'"),
+    ('--d_model 100', 'not a multiple of num_attention_heads 12'),
+    ('--norm batch', "'sequence' or 'token'"),
+    ('--padding longest', "norm='sequence' needs padding='max_length'"),
+    ('--num_class 3', 'the task toy has 2'),
+    ('--gate_learning_rate 1', 'Did you mean --gate_weight_decay?'),
+    ('--softmax_tmp 5', 'Did you mean --softmax_temp?'),
+    ('--num_hidden_layers three', 'invalid int value'),
+]
+
+
+@pytest.mark.parametrize('flags, says', REFUSED, ids=[f for f, _ in REFUSED])
+def test_refused(experiments, capsys, monkeypatch, flags, says):
+    if 'gate_learning_rate' in flags: says = 'Did you mean --gate_'
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    before = contents(experiments)
+    code, out, err = lad_nb(f'{LAD} {flags}', experiments, capsys)
+    assert code == 2 and says in err and out == '', err
+    assert 'Traceback' not in err and err.strip().splitlines()[-1].count('error: ') == 1
+    assert contents(experiments) == before
+
+
+def test_commands_refused(tmp_path, capsys):
+    for line, says in [('run_lad_distl', 'Did you mean run_lad_distil?'), ('run_alp_distil --experiment x --task rte --alp_exp alp', 'invalid choice'),
+                       ('run_probing_lad --experiment x --task rte', 'required: --probing_exp'), ('rerun nowhere', 'no run folder'), ('run_fine_tune --task rte', 'required: --experiment'),
+                       ('run_fine_tune --experiment x --task toy', 'ptrain_ver'), ('run_fine_tune --experiment x --task toy --gate_lr 1', 'no flag --gate_lr'),
+                       ('distil --experiment x --task toy --method lda', 'Methods are: fine_tune, undistilled, lad'),
+                       ('generate_test_prediction --experiment nobody --task rte', 'no experiment nobody_bert_rte')]:
+        code, out, err = lad_nb(line, None if line.startswith('rerun') else tmp_path, capsys)
+        assert code == 2 and says in err and 'Traceback' not in err, err
+    assert not contents(tmp_path)
+
+
+def test_other_labels_and_other_vocabularies(experiments, tmp_path, capsys):
+    """Teachers that would train without complaint and teach nonsense."""
+    def teacher(name, labels, vocab_size=30522):
+        BertForSequenceClassification(BertConfig(vocab_size=vocab_size, hidden_size=24, num_hidden_layers=6, num_attention_heads=12, intermediate_size=24, num_labels=len(labels),
+                                                 id2label=dict(enumerate(labels)), label2id={l: i for i, l in enumerate(labels)})).save_pretrained(tmp_path/name)
+        load_tokenizer(SMALL).save_pretrained(tmp_path/name)
+        return f'{LAD} --ptrain_ver {SMALL} --teacher {tmp_path/name}'
+    for line, says in [(teacher('three', ['a', 'b', 'c']), 'has 3 labels (a, b, c), the task toy has 2'), (teacher('other', ['no', 'yes']), "answers ['no', 'yes']"),
+                       (teacher('swapped', ['not_entailment', 'entailment']), "the task toy means ['entailment', 'not_entailment']"),
+                       (teacher('words', ['entailment', 'not_entailment'], 1000), "teacher's 1000")]:
+        code, out, err = lad_nb(line, experiments, capsys)
+        assert code == 2 and says in err, err
+    tokenizer = load_tokenizer(SMALL)
+    teacher('tokens', ['entailment', 'not_entailment'])
+    vocab = tmp_path/'tokens'/'tokenizer.json'
+    vocab.write_text(vocab.read_text().replace('"dog"', '"dogdogdog"'))
+    code, out, err = lad_nb(f'{LAD} --ptrain_ver {SMALL} --teacher {tmp_path/"tokens"}', experiments, capsys)
+    assert code == 2 and 'different vocabularies' in err and len(tokenizer) == 30522
+    assert not (experiments/'new_bert_toy').exists()
+
+
+def test_a_folder_that_exists_and_a_device_that_does_not(experiments, capsys):
+    line = LAD.replace('new', 'twice').replace('--device_id -1', '--device_id 7')
+    code, out, err = lad_nb(line, experiments, capsys)
+    assert code == 0 and 'warning: There is no CUDA device 7' in err, err
+    before = contents(experiments)
+    code, out, err = lad_nb(line, experiments, capsys)
+    assert code == 2 and '--resume' in err and contents(experiments) == before
+    assert lad_nb(line + ' --resume', experiments, capsys)[0] == 0
+
+
+BAD_ROWS = {'line 3: 3 fields; 4 were expected': '1\tonly one\tentailment', 'line 3: 5 fields': '1\ta\tb\tc\tentailment', "line 3: the label is 'maybe'": '1\ta\tb\tmaybe'}
+
+
+@pytest.mark.parametrize('says', [*BAD_ROWS, 'no rows', "no column 'sentence2'", 'no file'])
+def test_bad_tsv(experiments, tmp_path, capsys, says):
+    header, good = 'index\tsentence1\tsentence2\tlabel', '0\tIt rains.\tIt is wet.\tentailment'
+    lines = [header, good, BAD_ROWS[says]] if says in BAD_ROWS else [header] if says == 'no rows' else ['index\tsentence1\tlabel', good]
+    if says != 'no file': (tmp_path/'train.tsv').write_text('\n'.join(lines) + '\n')
+    code, out, err = lad_nb(f'{LAD} --data_dir {tmp_path}', experiments, capsys)
+    assert code == 2 and says in err and 'train.tsv' in err, err
+    assert not (experiments/'new_bert_toy').exists()
+
+
+def test_a_run_is_scored_and_predicts(experiments, lad, capsys):
+    folder = run(lad.replace(experiment='scored'), experiments, progress=False)
+    code, out, err = lad_nb('run_fine_tune_eval --experiment scored --task toy --dataset dev --device_id -1', experiments, capsys)
+    assert code == 0 and 'best on dev: checkpoint' in out
+    table = pd.read_csv(folder/'eval-dev.csv')
+    assert list(table.columns) == ['step', 'accuracy'] and list(table.step) == [2, 4]
+    code, out, err = lad_nb('generate_test_prediction --experiment scored --task toy --ckpt 2 --device_id -1', experiments, capsys)
+    lines = (folder/'predictions'/'checkpoint-2'/'toy.tsv').read_text().splitlines()
+    assert lines[0] == 'index\tprediction' and len(lines) == 1001 and {x.split('\t')[1] for x in lines[1:]} <= {'entailment', 'not_entailment'}
+    code, out, err = lad_nb('generate_test_prediction --experiment scored --task toy --ckpt 3', experiments, capsys)
+    assert code == 2 and 'There are: 2, 4' in err
+
+
+def test_faithful_or_ours(experiments, capsys):
+    planned = lambda more: json.loads(lad_nb(f'{LAD} --dry_run {more}', experiments, capsys)[1])
+    faithful, ours = planned(''), planned('--no-faithful')
+    for p, norm, padding, masked, embeddings in [(faithful, 'sequence', 'max_length', False, False), (ours, 'token', 'longest', True, True)]:
+        assert (p['norm'], p['data']['padding'], p['loss']['mask_padding'], p['student']['copy_embeddings']) == (norm, padding, masked, embeddings)
+    assert planned('--copy_embeddings')['student']['copy_embeddings'] and faithful['missing'] == []
+    assert planned('--hidden_mse_weight 7')['loss']['mu'] == 7
+    assert planned('--reverse_gate')['mapping']['segments'] == [[6, 5, 4, 3, 2, 1]]
+    assert planned('--epoch 2 --warmup_rate .25')['schedule']['student'] == dict(warmup_step=93, total_step=374)
+    assert not (experiments/'new_bert_toy').exists()
+
+
+def test_quickstart_leaves_what_it_says(tmp_path, monkeypatch, capsys):
+    few = {name: r.replace(total_step=2, warmup_step=1) for name, r in cli.quickstart_recipes.items()}
+    monkeypatch.setattr(cli, 'quickstart_recipes', few)
+    code, out, err = lad_nb('quickstart', tmp_path/'q', capsys)
+    assert code == 0, err
+    table = pd.read_csv(tmp_path/'q'/'table.csv', index_col=0)
+    assert list(table.index) == ['teacher', 'student', 'undistilled'] and list(table.columns) == ['dev accuracy', 'parameters', 'MB on disk', 'ms a sentence']
+    assert (tmp_path/'q'/'contributions.png').stat().st_size > 10_000
+    code, out, err = lad_nb('quickstart', tmp_path/'q', capsys)
+    assert code == 2 and '--resume' in err
+
+
+def test_installed_command():
+    done = subprocess.run([sys.executable, '-c', 'import sys; from lad_nb.cli import main; sys.exit(main())', 'run_lad_distil', '--helpp'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+
+
+def test_recipes_travel():
+    for recipe in rte.values(): assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert FEW['task'] == 'toy'

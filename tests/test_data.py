@@ -1,0 +1,93 @@
+"""Readers against the real files, against the layouts of tasks that are not here, and against the hub's."""
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset
+
+from lad_nb import data
+from lad_nb.data import SMALL, encode, load_task, load_tokenizer, read_tsv, splits, tasks, toy_examples
+
+
+
+def test_rte_is_as_large_as_the_run_book_says(glue, monkeypatch):
+    monkeypatch.setenv('LAD_NB_GLUE', str(glue))
+    assert [len(load_task('rte', s)) for s in ('train', 'dev', 'test')] == [2490, 277, 3000]
+
+
+@pytest.mark.parametrize('task', ['rte', 'mrpc', 'sst2'])
+def test_real_glue(glue, monkeypatch, task):
+    monkeypatch.setenv('LAD_NB_GLUE', str(glue))
+    for split in splits(task):
+        loaded = load_task(task, split)
+        assert len(loaded) == (glue/tasks[task].folder/f'{split}.tsv').read_bytes().count(b'\n') - 1   # no line is swallowed
+        assert all(loaded[f'sentence{i + 1}'][0] for i in range(len(tasks[task].columns)))
+        if split == 'test': assert 'label' not in loaded.column_names
+        else: assert set(loaded['label']) == {0, 1} and loaded.features['label'].names == list(tasks[task].labels)
+
+
+def test_a_lone_quote_is_a_character(glue):
+    lines = (glue/'MRPC'/'train.tsv').read_text('utf-8-sig').split('\n')
+    quoted = [i for i, line in enumerate(lines[1:]) if line.split('\t')[3:4] and line.split('\t')[3].count('"') % 2]
+    rows = read_tsv(glue/'MRPC'/'train.tsv', 'mrpc')
+    assert quoted
+    for i in quoted: assert rows[i]['sentence1'] == lines[i + 1].split('\t')[3]
+
+
+LAYOUTS = dict(  # header, rows, what the first row reads as
+    qnli=('index\tquestion\tsentence\tlabel', ['0\tWho?\tAnna.\tnot_entailment'], dict(sentence1='Who?', sentence2='Anna.', label=1)),
+    qqp=('id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate', ['9\t1\t2\tWhy?\tHow?\t0'], dict(sentence1='Why?', sentence2='How?', label=0)),
+    mnli=('index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label',
+          ['0\t1\t1n\tfiction\t(\t)\t(\t)\tA man runs.\tHe sits.\tneutral\tcontradiction'], dict(sentence1='A man runs.', sentence2='He sits.', label=2)),
+    cola=(None, ['gj04\t1\t\tThey drank the pub dry.'], dict(sentence1='They drank the pub dry.', label=1)),
+    stsb=('index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore', ['0\tnews\tf\t2012\t1\tn\tn\tA plane.\tAn air plane.\t4.750'],
+          dict(sentence1='A plane.', sentence2='An air plane.', label=4.75)))
+
+
+@pytest.mark.parametrize('task', LAYOUTS)
+def test_layouts(tmp_path, task):
+    header, rows, first = LAYOUTS[task]
+    path = tmp_path/'train.tsv'
+    path.write_text('\n'.join(([header] if header else []) + rows) + '\n')
+    assert read_tsv(path, task) == [first | {'idx': 0}]
+
+
+@pytest.mark.parametrize('task', [t for t in tasks if t != 'toy'])
+def test_hub_layout(tmp_path, monkeypatch, task):
+    """The hub's parquet files, in the hub's columns, become the same splits as a folder does."""
+    task = tasks[task]
+    columns = task.hub_columns or task.columns
+    rows = {c: [f'{c} {i}' for i in range(3)] for c in columns} | {'label': [0., 2.5, 5.] if task.regression else [0, 1, 0], 'idx': [0, 1, 2]}
+    hub = Dataset.from_dict(rows)
+    if not task.regression: hub = hub.cast_column('label', ClassLabel(names=list(task.labels)))
+    hub_name = {'dev': 'validation'}.get(task.dev[0], task.dev[0].replace('dev', 'validation'))
+    (tmp_path/task.name).mkdir()
+    hub.to_parquet(tmp_path/task.name/f'{hub_name}-00000-of-00001.parquet')
+    monkeypatch.delenv('LAD_NB_GLUE', raising=False); monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, 'snapshot_download', lambda *a, **k: str(tmp_path))
+    loaded = load_task(task, task.dev[0])
+    assert loaded['sentence1'][1] == f'{columns[0]} 1' and loaded.features == data.features(task)
+    assert list(loaded['label']) == rows['label']
+
+
+def test_hub_is_asked_once_and_fails_fast(tmp_path, monkeypatch):
+    monkeypatch.delenv('LAD_NB_GLUE', raising=False); monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    def no_network(*a, **k): raise ConnectionError('no network')
+    monkeypatch.setattr(data, 'snapshot_download', no_network)
+    with pytest.raises(FileNotFoundError, match="take the built-in task 'toy'"): load_task('qqp')
+    with pytest.raises(FileNotFoundError, match='which works offline'): data.model_folder('bert-base-uncased')
+
+
+def test_toy_task():
+    loaded = {s: load_task('toy', s) for s in splits('toy')}
+    pairs = [(r['sentence1'], r['sentence2']) for d in loaded.values() for r in d]
+    assert len(set(pairs)) == len(pairs)
+    for s in ('train', 'dev'): assert abs(np.mean(loaded[s]['label']) - .5) < .01
+    assert 'label' not in loaded['test'].column_names
+    assert max(map(len, encode(loaded['train'], load_tokenizer(SMALL), 64)['input_ids'])) <= 32
+    assert {e['phenomenon'] for e in toy_examples(64)} == {f.__name__ for f in data.PHENOMENA}
+
+
+def test_sampling_is_the_runs_own(glue, monkeypatch):
+    monkeypatch.setenv('LAD_NB_GLUE', str(glue))
+    a, b, c = (load_task('sst2', 'train', size=50, sample_seed=s)['idx'] for s in (0, 0, 1))
+    assert list(a) == list(b) != list(c)
