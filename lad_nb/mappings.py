@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['methods', 'States', 'Source', 'Layer', 'Gate', 'Attention', 'Pair', 'Mapping', 'lad', 'partial_lad', 'bert_pkd',
-           'alp_kd', 'kd', 'make_mapping', 'mapping_to_dict', 'mapping_from_dict']
+           'alp_kd', 'kd', 'make_mapping', 'mapping_edges', 'mapping_to_dict', 'mapping_from_dict']
 
-# %% ../nbs/02_mappings.ipynb #9724c3fa
+# %% ../nbs/02_mappings.ipynb #0c1cb349
 import inspect
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import torch
+import pandas as pd, torch
 from torch import Tensor
 
-# %% ../nbs/02_mappings.ipynb #d3828da8
+# %% ../nbs/02_mappings.ipynb #2fe23b60
 @dataclass
 class States:
     "The states of one batch that a source may use"
@@ -36,6 +36,11 @@ class Source:
     ):                  # (B, S, H), or that and its attention weights over layers, (B, T) or (B, S, T)
         "The target of student layer m"
         raise NotImplementedError(f"{type(self).__name__} needs a __call__(states, m) that returns a (B, S, H) target.")
+    def layers(self,
+        T: int, # teacher layers
+    ):          # layer numbers
+        "The teacher layers that it reads, for pictures: all, unless it says otherwise"
+        return range(1, T + 1)
 
 @dataclass(frozen=True)
 class Layer(Source):
@@ -44,6 +49,7 @@ class Layer(Source):
     @property
     def index(self): return self.k
     def __call__(self, states, m): return states.teacher[self.k - 1]
+    def layers(self, T): return [self.k]
     def __str__(self): return f'layer {self.k}'
 
 @dataclass(frozen=True)
@@ -250,7 +256,21 @@ def make_mapping(
         raise ValueError(f"{name} takes no {', '.join(unknown)}. It takes: {', '.join(takes) or 'no options'}.")
     return methods[name](T, M, **options)
 
-# %% ../nbs/02_mappings.ipynb #a31eb7d5
+# %% ../nbs/02_mappings.ipynb #16de4c56
+def mapping_edges(
+    mapping: Mapping,
+) -> pd.DataFrame: # method, T, M, on, source ('layer' or 'gate'), source_index, target ('gate' or 'student'), target_index
+    "The arrows of a mapping, one per row"
+    rows = [('layer', k, 'gate', k) for k in mapping.gates] + [('gate', a, 'gate', b) for s in mapping.segments for a, b in zip(s, s[1:])]
+    for p in mapping.pairs:
+        if isinstance(p.source, Gate): rows.append(('gate', p.source.k, 'student', p.student))
+        else: rows += [('layer', k, 'student', p.student) for k in p.source.layers(mapping.T)]
+    table = pd.DataFrame(rows, columns=['source', 'source_index', 'target', 'target_index'])
+    for i, (name, value) in enumerate(dict(method=mapping.name, T=mapping.T, M=mapping.M, on=mapping.on).items()): table.insert(i, name, value)
+    table.attrs = dict(method=mapping.name, T=mapping.T, M=mapping.M, on=mapping.on) # a mapping without arrows has a size as well
+    return table
+
+# %% ../nbs/02_mappings.ipynb #5c0f4a6d
 def mapping_to_dict(
     mapping: Mapping,
 ) -> dict: # plain lists, strings and numbers

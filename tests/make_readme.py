@@ -1,0 +1,21 @@
+"""Makes README.md from nbs/index.ipynb: hidden cells and directives left out, links as seen from the project's top."""
+import re
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).parents[1]
+
+
+def readme():
+    nb = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
+    nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide', c.source)]
+    for cell in nb.cells:
+        if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if 'image/png' not in o.get('data', {}) and o.get('name') != 'stderr']
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r'\]\(images/', '](nbs/images/', text)
+    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+
+
+if __name__ == '__main__': (ROOT/'README.md').write_text(readme())

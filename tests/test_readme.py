@@ -1,0 +1,30 @@
+"""The README is the index notebook, and what it points at is there."""
+import re
+import subprocess
+import sys
+
+from conftest import ROOT
+from make_readme import readme
+
+
+def test_readme_is_made_from_the_index():
+    assert (ROOT/'README.md').read_text() == readme(), 'README.md is not what nbs/index.ipynb makes: run python tests/make_readme.py'
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r'\]\(([^)#]+)\)', (ROOT/'README.md').read_text()) if not link.startswith('http')]
+    assert len(links) > 12 and not [link for link in links if not (ROOT/link).exists()]
+
+
+def test_commands_of_the_readme_parse():
+    """Every lad-nb line is taken as typed (up to what is not there yet), so no flag in it is misspelt."""
+    lines = re.findall(r'^lad-nb (run_(?!fine_tune_eval).*)$', (ROOT/'README.md').read_text(), re.M)
+    assert len(lines) == 2
+    for line in lines:
+        done = subprocess.run([sys.executable, '-c', 'import sys; from lad_nb.cli import main; sys.exit(main())', *line.split(), '--dry_run'], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_package_needs_no_nbdev():
+    code = "import sys; sys.modules['nbdev'] = None\nimport lad_nb.cli"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
