@@ -99,7 +99,7 @@ def check_weights(soft_weight, hard_weight, softmax_temp, mu):
     if not 0 < softmax_temp < float('inf'): raise ValueError(f"softmax_temp is {softmax_temp}; a temperature above 0 was expected.")
     if soft_weight == hard_weight == 0: raise ValueError("soft_weight and hard_weight are both 0: nothing would train the student's head.")
 
-# %% ../nbs/05_distiller.ipynb #d06f141b
+# %% ../nbs/05_distiller.ipynb #74cf14cc
 class Distiller(nn.Module):
     "A student, its frozen teacher and the objective between them"
     def __init__(self,
@@ -133,12 +133,14 @@ class Distiller(nn.Module):
         input_ids: Tensor,           # (B, S)
         attention_mask: Tensor=None, # (B, S)
         token_type_ids: Tensor=None, # (B, S)
+        output_states: bool=False,   # hidden states even when no pair needs them
     ) -> tuple:                      # T tensors (B, S, H) or None, and (B, C)
         "The teacher's states, on the student's device"
         if self.teacher.device != input_ids.device and len({self.teacher.device.type, input_ids.device.type}) > 1: self.teacher.to(input_ids.device)
         batch = {k: v.to(self.teacher.device) for k, v in dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).items() if v is not None}
-        out = self.teacher(**batch, output_hidden_states=bool(self.mapping.pairs))
-        hidden = [h.to(input_ids.device) for h in out.hidden_states[1:]] if self.mapping.pairs else None
+        wanted = output_states or bool(self.mapping.pairs)
+        out = self.teacher(**batch, output_hidden_states=wanted)
+        hidden = [h.to(input_ids.device) for h in out.hidden_states[1:]] if wanted else None
         return hidden, out.logits.to(input_ids.device)
 
     def forward(self,
@@ -150,7 +152,7 @@ class Distiller(nn.Module):
     ) -> DistilOutput:
         "One batch through both models"
         batch = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        teacher_hidden, teacher_logits = (None, None) if self.teacher is None else self.ask_teacher(**batch)
+        teacher_hidden, teacher_logits = (None, None) if self.teacher is None else self.ask_teacher(**batch, output_states=output_states)
         out = self.student(**batch, output_hidden_states=output_states or bool(self.mapping.pairs))
         student_hidden = out.hidden_states[1:] if out.hidden_states is not None else []
         return self.objective(student_hidden, out.logits, teacher_hidden, teacher_logits, labels, attention_mask, output_states)

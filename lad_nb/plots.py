@@ -28,7 +28,7 @@ def plot_contributions(
     ax.title.set_size(9)
     return ax
 
-# %% ../nbs/10_plots.ipynb #a7114886
+# %% ../nbs/10_plots.ipynb #57b97024
 _column = dict(layer=0., gate=1., student=2.)
 _look = dict(layer=('tab:blue', 'teacher'), gate=('tab:orange', 'gates'), student=('tab:green', 'student')) # told apart by place as well as by colour
 
@@ -45,10 +45,9 @@ def plot_mapping(
     named = {e.target_index for e in edges.itertuples() if e.target == 'student'}
     for e in edges.itertuples():
         start, end = (_column[e.source], height[e.source](e.source_index)), (_column[e.target], height[e.target](e.target_index))
-        bend = 'arc3,rad=0' if e.source != e.target or abs(e.source_index - e.target_index) == 1 else 'arc3,rad=.4'
-        to_student = e.target == 'student'
-        ax.annotate('', end, start, arrowprops=dict(arrowstyle='-|>', shrinkA=7, shrinkB=7, mutation_scale=7, lw=1.1 if to_student else .7, connectionstyle=bend,
-                                                    color='black' if to_student else '0.6', alpha=.45 if to_student and e.source == 'layer' and len(edges) > 2*T else 1))
+        read, many = e.target == 'student', e.source == 'layer' and e.target == 'student' and len(edges) > 2*T # an attention: thin lines without heads
+        ax.annotate('', end, start, arrowprops=dict(arrowstyle='-' if many else '-|>', shrinkA=7, shrinkB=7, mutation_scale=7, lw=.4 if many else 1.1 if read else .7,
+                                                    color='0.3' if many else 'black' if read else '0.6'))
     for kind, indices in dict(layer=range(1, T + 1), gate=gates, student=range(1, M + 1)).items():
         for k in indices:
             faint = kind == 'student' and k not in named

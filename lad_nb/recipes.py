@@ -7,7 +7,7 @@ __all__ = ['FAITHFUL', 'OURS', 'rte', 'Recipe', 'recipe_from_dict', 'recipe_tabl
            'pretrained_of', 'settle', 'build', 'make_trainer', 'run', 'file_hash', 'describe', 'plan', 'rerun',
            'run_description', 'open_run']
 
-# %% ../nbs/08_recipes.ipynb #e28029a3
+# %% ../nbs/08_recipes.ipynb #299fde2a
 import hashlib, inspect, json, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd, torch
 from transformers import set_seed
 
-from .data import SMALL, encode, find_data, get_task, load_task, load_tokenizer, model_folder
+from .data import SMALL, encode, find_data, get_task, load_task, load_tokenizer, model_folder, splits
 from .distiller import Distiller, check_weights
 from .mappings import Mapping, make_mapping, mapping_from_dict, mapping_to_dict, methods
 from .students import init_layers, load_classifier, load_encoder, make_classifier, make_student
@@ -131,7 +131,7 @@ def recipe_table(
     table = pd.DataFrame({n: r.to_dict() for n, r in recipes.items()}).T
     return table.loc[:, table.astype(str).nunique() > 1]
 
-# %% ../nbs/08_recipes.ipynb #2afe02c5
+# %% ../nbs/08_recipes.ipynb #443f91e2
 def mapping_of(
     recipe: Recipe, # its method and indices
     T: int,         # teacher layers
@@ -176,7 +176,8 @@ def settle(
 
 def _check(recipe):
     "What can be said of a recipe without opening a file"
-    get_task(recipe.task)
+    task = get_task(recipe.task)
+    if recipe.dataset in task.test: raise ValueError(f"dataset is {recipe.dataset!r}, which has no labels to train on. Splits with labels: {', '.join(s for s in splits(task) if s not in task.test)}.")
     if recipe.method not in ('fine_tune', 'undistilled') and recipe.method.replace('-', '_') not in methods:
         raise ValueError(f"There is no method {recipe.method!r}. Methods are: {', '.join(['fine_tune', 'undistilled', *methods])}.")
     if recipe.model != 'bert' or recipe.tmodel != 'bert': raise ValueError(f"model is {recipe.model!r} and tmodel {recipe.tmodel!r}; lad_nb distils 'bert'.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DistilArguments', 'training_arguments', 'check_settings', 'pick_device', 'linear_schedule', 'DistilTrainer',
            'save_gates', 'load_gates', 'LossParts', 'ClipBlocks', 'JsonLines', 'Bar', 'write_text', 'read_log',
-           'experiment_folder', 'checkpoints', 'find_checkpoint', 'check_new', 'versions', 'train']
+           'experiment_folder', 'checkpoints', 'find_checkpoint', 'check_new', 'check_same', 'versions', 'train']
 
 # %% ../nbs/06_training.ipynb #e3951870
 import json, os, platform, re, warnings
@@ -296,7 +296,7 @@ def read_log(
             if i + 1 < len(lines): raise ValueError(f"{path}, line {i + 1}: not JSON.") from None
     return out
 
-# %% ../nbs/06_training.ipynb #42a05d2d
+# %% ../nbs/06_training.ipynb #442f6bed
 def experiment_folder(
     experiment: str,         # its name
     task: str,               # the task's name
@@ -340,6 +340,16 @@ def check_new(
         raise FileExistsError(f"{folder} exists and holds {', '.join(sorted(p.name for p in folder.iterdir())[:4])}, ... "
                               "Resume it (resume=True, --resume), choose another experiment name, or delete it.")
 
+def check_same(
+    folder: str,       # a run folder
+    description: dict, # what is to be trained there now
+):
+    "`ValueError` when a run would go on with another recipe than it began with; where it runs may change"
+    path = Path(folder)/'recipe.json'
+    began, now = (d.get('recipe') or {} for d in (json.loads(path.read_text()) if path.is_file() else {}, description))
+    differ = [f"{k} is {now[k]!r}, it began with {began[k]!r}" for k in began.keys() & now.keys() if began[k] != now[k] and not k.endswith('device_id')]
+    if differ: raise ValueError(f"{folder} cannot go on with another recipe: {'; '.join(sorted(differ))}. Resume with the same settings, or choose another experiment name.")
+
 def versions() -> dict:
     "What ran: for recipe.json"
     import accelerate, datasets, transformers
@@ -355,9 +365,11 @@ def train(
     "Train to the end; afterwards the run folder holds the final student"
     folder = Path(trainer.args.output_dir)
     check_new(folder, resume)
+    if resume: check_same(folder, description or {})
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
     folder.mkdir(parents=True, exist_ok=True)
     if trainer.is_world_process_zero() and not (folder/'recipe.json').exists(): write_text(folder/'recipe.json', json.dumps((description or {}) | dict(versions=versions()), indent=1) + '\n')
-    trainer.train(resume_from_checkpoint=last)
+    if last and int(Path(last).name.rpartition('-')[2]) >= trainer.args.max_steps: trainer._load_from_checkpoint(last) # it was done: Trainer would take one step more
+    else: trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(folder))
     return folder

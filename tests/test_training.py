@@ -45,6 +45,15 @@ def test_stopped_and_resumed(experiments, lad, stop):
     assert same_bytes(whole, stopped)
 
 
+def test_resuming_what_is_done_or_what_has_changed(experiments, lad):
+    folder = run(lad.replace(experiment='done'), experiments, progress=False)
+    before = {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+    run(lad.replace(experiment='done'), experiments, resume=True, progress=False)
+    assert {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()} == before
+    with pytest.raises(ValueError, match='lr is 0.001, it began with 0.0003'): run(lad.replace(experiment='done', lr=1e-3), experiments, resume=True, progress=False)
+    assert {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()} == before
+
+
 def test_micro_batches_sum_to_the_batch(experiments, lad):
     """Without dropout, four micro-batches of four rows give the gradient of one batch of sixteen."""
     logs = [read_log(run(lad.replace(experiment=f'accum{n}', accum_step=n, dropout=0., total_step=3, log_step=1), experiments, progress=False)) for n in (1, 4)]
