@@ -153,7 +153,7 @@ PLACES = "garden valley park forest village".split()
 WHEN = "again here today yesterday".split()
 FEW, MANY = "two three four five six".split(), "twenty thirty fifty eighty ninety".split()
 
-# %% ../nbs/00_data.ipynb #2f90842e
+# %% ../nbs/00_data.ipynb #acc6389e
 def _turned(rng, pair):
     """The pair in one of its two orders."""
     return pair if rng.random() < 0.5 else pair[::-1]
@@ -185,14 +185,14 @@ def negation(rng, label):
 
 
 def quantifiers(rng, label):
-    """All and every against no and not one."""
+    """Every and some against no."""
     noun, past = rng.choice([n for ns in KINDS.values() for n in ns]), rng.choice(("seen", "sold", "moved", "lost"))
     given, asked = rng.choice(((("every", "each"), ("some", "at least one")),
                                (("no", "not one"), ("no", "not a single"))))
     if not label:
         asked = ("no", "not a single") if given[0] == "every" else ("some", "at least one")
-    return (f"{rng.choice(given)} {noun} was {past} {rng.choice(WHEN)}",
-            f"{rng.choice(asked)} {noun} was {past}")
+    when = rng.choice(WHEN)
+    return tuple(f"{rng.choice(q)} {noun} was {past} {when}" for q in (given, asked))
 
 
 def numbers(rng, label):

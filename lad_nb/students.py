@@ -14,14 +14,16 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, s
 
 from .data import Task, get_task, model_folder
 
-# %% ../nbs/03_students.ipynb #fdb9e111
+# %% ../nbs/03_students.ipynb #46defa3d
 @contextlib.contextmanager
 def quiet():
     "Silence the loading reports of transformers (a fresh head is expected here), and nothing else"
-    before = transformers.logging.get_verbosity()
+    before, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
     try: yield
-    finally: transformers.logging.set_verbosity(before); transformers.logging.enable_progress_bar()
+    finally:
+        transformers.logging.set_verbosity(before)
+        if bars: transformers.logging.enable_progress_bar()
 
 def _load(cls, name, **kwargs):
     folder = model_folder(name)

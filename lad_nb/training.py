@@ -7,7 +7,7 @@ __all__ = ['DistilArguments', 'training_arguments', 'check_settings', 'pick_devi
            'save_gates', 'load_gates', 'LossParts', 'ClipBlocks', 'JsonLines', 'Bar', 'write_text', 'read_log',
            'experiment_folder', 'checkpoints', 'find_checkpoint', 'check_new', 'check_same', 'versions', 'train']
 
-# %% ../nbs/06_training.ipynb #e3951870
+# %% ../nbs/06_training.ipynb #40239d7f
 import json, os, platform, re, warnings
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import safetensors.torch, torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
@@ -124,7 +124,7 @@ def linear_schedule(
     if step < warmup_step: return step/warmup_step
     return max(0., (total_step - step)/max(1, total_step - warmup_step))
 
-# %% ../nbs/06_training.ipynb #7fe3b430
+# %% ../nbs/06_training.ipynb #4e00bd2f
 class DistilTrainer(Trainer):
     "Trains a `Distiller`"
     def __init__(self,
@@ -143,6 +143,7 @@ class DistilTrainer(Trainer):
         board = TensorBoardCallback(); board.logging_dir = str(Path(args.output_dir)/'tensorboard')
         for callback in (self.loss_parts, self.clipper, JsonLines(), board): self.add_callback(callback)
         if self.pop_callback(ProgressCallback): self.add_callback(Bar())
+        self.remove_callback(PrinterCallback) # without a bar: silence, the log is in log.jsonl
 
     def _get_train_sampler(self, train_dataset=None):
         "Rows in random order, as many as fill whole updates"
