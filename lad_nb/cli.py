@@ -21,9 +21,9 @@ from .plots import plot_contributions
 from .recipes import FAITHFUL, OURS, Recipe, mapping_of, plan, rerun, run
 from .training import experiment_folder, find_checkpoint
 
-# %% ../nbs/12_cli.ipynb #865c99eb
+# %% ../nbs/12_cli.ipynb #4f3d9ff6
 _few = dict(task='toy', max_seq_len=32, batch_size=24, device_id=-1, ckpt_step=100, log_step=10)
-_teacher = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=1.5e-4, total_step=200, warmup_step=30, **_few)
+_teacher = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=1e-4, total_step=200, warmup_step=30, **_few)
 _student = Recipe('LAD', method='lad', num_hidden_layers=3, teacher_exp='teacher', lr=3e-4, gate_lr=3e-4, total_step=200, warmup_step=30, **_few)
 quickstart_recipes = dict(teacher=_teacher, student=_student, undistilled=_student.replace(experiment='undistilled', method='undistilled', ptrain_ver=SMALL))
 

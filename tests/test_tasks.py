@@ -1,0 +1,70 @@
+"""Tasks of another shape than two sentences and two labels, from TSV files to the submission file."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lad_nb import cli
+from lad_nb.data import SMALL, tasks
+from lad_nb.evaluation import score_checkpoints, write_predictions
+from lad_nb.recipes import Recipe, open_run, run
+
+WORDS = 'a man runs fast while the old dog sleeps under his red table and nobody looks'.split()
+
+
+def write_folder(folder, task, rows=24):
+    """A GLUE folder of generated rows in the real layout of the task."""
+    rng, t = np.random.default_rng(0), tasks[task]
+    sentence = lambda: ' '.join(rng.choice(WORDS, 6))
+    for split in ('train', *t.dev, *t.test):
+        labelled = split not in t.test
+        header = [*(t.headless or ('index', *t.columns, *([t.label_column] if labelled else [])))] if labelled or not t.headless else ['index', *t.columns]
+        lines = [] if labelled and t.headless else ['\t'.join(header)]
+        for i in range(rows):
+            label = f'{rng.uniform(0, 5):.2f}' if t.regression else t.spelling[i % len(t.labels)]
+            lines.append('\t'.join(label if c == t.label_column else sentence() if c in t.columns else str(i) for c in header))
+        (folder/f'{split}.tsv').write_text('\n'.join(lines) + '\n')
+
+
+@pytest.mark.parametrize('task, columns, files', [
+    ('stsb', ['step', 'pearson', 'spearman'], ['STS-B.tsv']),
+    ('mnli', ['step', 'accuracy_matched', 'accuracy_mismatched'], ['MNLI-m.tsv', 'MNLI-mm.tsv']),
+    ('cola', ['step', 'matthews_correlation'], ['CoLA.tsv'])])
+def test_from_files_to_submission(tmp_path, task, columns, files):
+    write_folder(tmp_path, task)
+    few = dict(task=task, data_dir=str(tmp_path), max_seq_len=32, batch_size=8, total_step=2, warmup_step=1, ckpt_step=2, log_step=1, device_id=-1)
+    run(Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=5e-5, **few), tmp_path/'e', progress=False)
+    folder = run(Recipe('lad', method='lad', num_hidden_layers=3, teacher_exp='teacher', **few), tmp_path/'e', progress=False)
+    assert open_run(folder)[0].objective.regression == (task == 'stsb')
+    table = score_checkpoints(folder, task, device_id=-1)
+    assert list(table.columns) == columns and list(table.step) == [2]
+    written = write_predictions(folder, task, tmp_path/'out', str(tmp_path), 32, device_id=-1)
+    assert [f.name for f in written] == files
+    for f in written:
+        answers = pd.read_csv(f, sep='\t')
+        assert list(answers.columns) == ['index', 'prediction'] and len(answers) == 24
+        if task == 'stsb': assert answers.prediction.between(0, 5).all()
+        else: assert set(answers.prediction.astype(str)) <= set(tasks[task].spelling)
+
+
+DRY = {  # other commands of the paper's scripts: what student layers read for 12 -> 6
+    'run_probing_lad --probing_exp lad_cls': ('cls', ['1 <- gate 2', '6 <- gate 12']),
+    'run_probing --probing_exp pkd_hidden_user_defined --teacher_indices 12,3 --student_indices 6,1': ('hidden', ['6 <- layer 12', '1 <- layer 3']),
+    'run_probing --probing_exp pkd_cls_user_defined --teacher_indices 12,3 --student_indices 6,1': ('cls', ['6 <- layer 12', '1 <- layer 3']),
+    'run_pkd_distill': ('hidden', ['1 <- layer 2', '6 <- layer 12']),
+    'run_pkd_distill --kd_algo pkd-odd': ('hidden', ['1 <- layer 1', '6 <- layer 11']),
+    'run_alp_distil --alp_exp alp-kd': ('cls', ['1 <- attention by cls', '6 <- attention by cls']),
+    'run_alp_distil --alp_exp alp-kd-hidden': ('hidden', ['1 <- attention by token', '6 <- attention by token']),
+    'run_lad_distil --gate_indices 12,4 --student_indices 6,2': ('hidden', ['6 <- gate 12', '2 <- gate 4']),
+    'distil --method lad_reversed': ('hidden', ['1 <- gate 2', '6 <- gate 12']),
+}
+
+
+@pytest.mark.parametrize('line', DRY)
+def test_other_commands(tmp_path, capsys, line):
+    assert cli.main([*line.split(), *f'--experiment x --task toy --num_hidden_layers 6 --teacher_exp t --root {tmp_path} --dry_run'.split()]) == 0
+    mapping = json.loads(capsys.readouterr().out)['mapping']
+    on, reads = DRY[line]
+    assert mapping['on'] == on and [mapping['reads'][0], mapping['reads'][-1]] == reads
+    assert not list(tmp_path.iterdir())
