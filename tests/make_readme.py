@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 def readme():
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
+    nb.metadata['language_info'] = {'name': 'python'}   # for the colours of code blocks
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide', c.source)]
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if 'image/png' not in o.get('data', {}) and o.get('name') != 'stderr']
