@@ -1,5 +1,6 @@
 """What the tests share: real data when it is there, and a small teacher trained once."""
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def experiments(tmp_path_factory):
     root = tmp_path_factory.mktemp('experiments')
     run(rte['fine_tune'].replace(experiment='teacher', ptrain_ver=SMALL, lr=5e-5, **FEW), root, progress=False)
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_runs_left_behind(request):
+    """A run folder is half a gigabyte: after a test only the teacher and the run that others are compared with stay."""
+    yield
+    if 'experiments' in request.fixturenames:
+        for folder in request.getfixturevalue('experiments').iterdir():
+            if not folder.name.startswith(('teacher_', 'whole_')): shutil.rmtree(folder)
 
 
 @pytest.fixture
