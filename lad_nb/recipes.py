@@ -19,7 +19,7 @@ from .data import SMALL, encode, find_data, get_task, load_task, load_tokenizer,
 from .distiller import Distiller, check_weights
 from .mappings import Mapping, make_mapping, mapping_from_dict, mapping_to_dict, methods
 from .students import init_layers, load_classifier, load_encoder, make_classifier, make_student
-from .training import DistilTrainer, check_new, check_settings, experiment_folder, find_checkpoint, load_gates, pick_device, train, training_arguments
+from .training import DistilTrainer, check_new, check_settings, experiment_folder, find_checkpoint, load_gates, train, training_arguments
 
 # %% ../nbs/08_recipes.ipynb #77917176
 def _f(default, help, **kwargs): return field(default=default, metadata=dict(help=help, **kwargs))

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, set_seed
 
-from .data import Task, get_task, model_folder
+from .data import get_task, model_folder
 
 # %% ../nbs/03_students.ipynb #46defa3d
 @contextlib.contextmanager

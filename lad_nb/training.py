@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import safetensors.torch, torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
