@@ -356,7 +356,7 @@ def load_tokenizer(
     "The tokenizer that lies beside a model"
     return AutoTokenizer.from_pretrained(model_folder(name))
 
-# %% ../nbs/00_data.ipynb #8ed161a6
+# %% ../nbs/00_data.ipynb #0e560efb
 def encode(
     data: Dataset,        # what `load_task` gives
     tokenizer,            # the teacher's and the student's: they share it
@@ -381,9 +381,10 @@ def _bars(wanted):
 
 def collator(
     tokenizer,              # pads with its own padding token
-    padding: str='longest', # 'longest' of the batch, or 'max_length' for always (B, max_seq_len)
-    max_seq_len: int=128,   # S
+    padding: str='longest', # 'longest' of the batch, rounded up to a multiple of 8; or 'max_length' for always (B, max_seq_len)
+    max_seq_len: int=128,   # S; when it is no multiple of 8, nothing is rounded
 ):
     "What turns rows into a batch of tensors: input_ids, token_type_ids, attention_mask (B, S); labels (B,)"
     if padding not in ('longest', 'max_length'): raise ValueError(f"padding is {padding!r}; it is 'longest' or 'max_length'.")
-    return DataCollatorWithPadding(tokenizer, padding=padding, max_length=max_seq_len if padding == 'max_length' else None)
+    fixed = padding == 'max_length'
+    return DataCollatorWithPadding(tokenizer, padding=padding, max_length=max_seq_len if fixed else None, pad_to_multiple_of=None if fixed or max_seq_len % 8 else 8)

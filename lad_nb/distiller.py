@@ -99,7 +99,7 @@ def check_weights(soft_weight, hard_weight, softmax_temp, mu):
     if not 0 < softmax_temp < float('inf'): raise ValueError(f"softmax_temp is {softmax_temp}; a temperature above 0 was expected.")
     if soft_weight == hard_weight == 0: raise ValueError("soft_weight and hard_weight are both 0: nothing would train the student's head.")
 
-# %% ../nbs/05_distiller.ipynb #74cf14cc
+# %% ../nbs/05_distiller.ipynb #16f65821
 class Distiller(nn.Module):
     "A student, its frozen teacher and the objective between them"
     def __init__(self,
@@ -148,11 +148,13 @@ class Distiller(nn.Module):
         attention_mask: Tensor=None, # (B, S)
         token_type_ids: Tensor=None, # (B, S)
         labels: Tensor=None,         # (B,)
+        teacher_hidden: list=None,   # T tensors (B, S, H), if the teacher was asked before; from `cache.TeacherCache`
+        teacher_logits: Tensor=None, # (B, C), likewise
         output_states: bool=False,   # hand back every state as well
     ) -> DistilOutput:
         "One batch through both models"
         batch = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        teacher_hidden, teacher_logits = (None, None) if self.teacher is None else self.ask_teacher(**batch, output_states=output_states)
+        if self.teacher is not None and teacher_logits is None: teacher_hidden, teacher_logits = self.ask_teacher(**batch, output_states=output_states)
         out = self.student(**batch, output_hidden_states=output_states or bool(self.mapping.pairs))
         student_hidden = out.hidden_states[1:] if out.hidden_states is not None else []
         return self.objective(student_hidden, out.logits, teacher_hidden, teacher_logits, labels, attention_mask, output_states)

@@ -37,7 +37,7 @@ class GateBlock(nn.Module):
         z = torch.sigmoid(self.linear(previous))
         return self.norm(z*h + (1 - z)*previous), z
 
-# %% ../nbs/01_gates.ipynb #2c9c69ec
+# %% ../nbs/01_gates.ipynb #b74eb46b
 @dataclass
 class Aggregates:
     "What a chain made of one batch, by the layer that entered last"
@@ -55,7 +55,7 @@ class GateChain(nn.Module):
         super().__init__()
         entering = [k for s in segments for k in s]
         if len(set(entering)) != len(entering): raise ValueError(f"A layer enters twice: the segments are {segments}.")
-        self.segments = tuple(map(tuple, segments))
+        self.segments, self.norm = tuple(map(tuple, segments)), norm
         starts = {s[0] for s in self.segments}
         self.place = {k: p for p, k in enumerate(entering, start=1)} # layer -> place in the chain
         self.gate = nn.ModuleDict({str(p): GateBlock(hidden_size, norm, seq_len) for k, p in self.place.items() if k not in starts})

@@ -78,7 +78,7 @@ class Attention(Source):
         return target, weights[:, 0] if self.by == 'cls' else weights
     def __str__(self): return f'attention by {self.by}'
 
-# %% ../nbs/02_mappings.ipynb #f12b99ec
+# %% ../nbs/02_mappings.ipynb #19191fa8
 @dataclass(frozen=True)
 class Pair:
     "Student layer `student` learns from `source`"
@@ -108,6 +108,9 @@ class Mapping:
 
     @property
     def gates(self) -> tuple: return tuple(k for s in self.segments for k in s)
+
+    @property
+    def reads(self) -> set: return set(self.gates) | {k for p in self.pairs if not isinstance(p.source, Gate) for k in p.source.layers(self.T)} # teacher layers
 
     @property
     def init_layers(self) -> dict: return {p.student: p.source.index for p in self.pairs if p.source.index}
