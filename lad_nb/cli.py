@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['quickstart_recipes', 'quickstart', 'indices', 'make_parser', 'parse', 'recipe_of', 'main']
 
-# %% ../nbs/12_cli.ipynb #ef631d3d
+# %% ../nbs/12_cli.ipynb #b85aaa08
 import argparse, difflib, json, os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +18,7 @@ from .data import SMALL, get_task
 from .evaluation import best_checkpoint, costs, evaluate, run_setting, score_checkpoints, write_predictions
 from .mappings import Gate
 from .plots import plot_contributions
-from .recipes import FAITHFUL, OURS, Recipe, mapping_of, plan, rerun, run
+from .recipes import FAITHFUL, FAST, OURS, Recipe, mapping_of, plan, rerun, run
 from .training import experiment_folder, find_checkpoint
 
 # %% ../nbs/12_cli.ipynb #4f3d9ff6
@@ -71,7 +71,7 @@ def _add_recipe_flags(parser, names):
         if f.type is bool: parser.add_argument(*flags, action=argparse.BooleanOptionalAction, default=None, help=shown)
         else: parser.add_argument(*flags, type=indices if f.name in _indices else f.type, default=None, required=f.name in ('experiment', 'task'), help=shown, metavar=f.name.upper())
 
-# %% ../nbs/12_cli.ipynb #56cdca6d
+# %% ../nbs/12_cli.ipynb #93ac901c
 _probing = dict(lad_user_defined='lad_user_defined', partial_lad='partial_lad', lad_cls='lad_cls')
 _training = dict( # command: (help, method) or (help, flag, {its value: method}, default)
     run_fine_tune=('fine-tune a teacher', 'fine_tune'),
@@ -109,6 +109,7 @@ def make_parser(
         _add_recipe_flags(p, _fine_tune_only if what[1] == 'fine_tune' else {f.name for f in fields(Recipe)} - {'method'})
         p.add_argument('--num_class', type=int, help="number of labels; must be the task's")
         p.add_argument('--faithful', action=argparse.BooleanOptionalAction, default=True, help=_faithful_help)
+        p.add_argument('--fast', action='store_true', help='--no-faithful, and faster: rows of like length share a batch, the teacher is asked once and read from disk, bf16 where the processor has it')
         p.add_argument('--dry_run', action='store_true', help='print the whole resolved experiment as JSON and stop; writes nothing')
         p.add_argument('--resume', action='store_true', help='go on from the last checkpoint')
     elif command in ('run_fine_tune_eval', 'generate_test_prediction'):
@@ -130,7 +131,7 @@ def make_parser(
     if command != 'rerun': p.add_argument('--root', default='quickstart' if command == 'quickstart' else 'experiments', help='the folder that holds experiments')
     return p
 
-# %% ../nbs/12_cli.ipynb #97dcfcbf
+# %% ../nbs/12_cli.ipynb #e70e58cf
 def parse(
     argv: list, # command and flags
 ) -> tuple:     # command, its arguments
@@ -167,7 +168,7 @@ def recipe_of(
     if args.num_class is not None and args.num_class != get_task(args.task).num_labels:
         raise ValueError(f"--num_class is {args.num_class}; the task {args.task} has {get_task(args.task).num_labels} ({', '.join(get_task(args.task).id2label.values())}).")
     if method == 'fine_tune': given = dict(soft_weight=0., hard_weight=1., mu=0.) | given
-    return Recipe(**(FAITHFUL if args.faithful else OURS) | given)
+    return Recipe(**(FAST if args.fast else FAITHFUL if args.faithful else OURS) | given)
 
 # %% ../nbs/12_cli.ipynb #95b2f15e
 def main(

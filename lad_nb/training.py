@@ -28,7 +28,7 @@ from .data import collator
 from .distiller import Distiller, DistilOutput, Objective
 from .students import quiet
 
-# %% ../nbs/06_training.ipynb #ca179ec0
+# %% ../nbs/06_training.ipynb #3bb95f5c
 @dataclass
 class DistilArguments(TrainingArguments):
     "`TrainingArguments`, and the second set of settings that gates and projections have"
@@ -95,8 +95,8 @@ def check_settings(settings):
     whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
     check('total_step gate_total_step batch_size accum_step ckpt_step log_step', lambda x: whole(x) and x >= 1, 'a whole number from 1 up')
     check('warmup_step gate_warmup_step seed', lambda x: whole(x) and x >= 0, 'a whole number from 0 up')
-    check('lr gate_lr eps gate_eps max_norm gate_max_norm', lambda x: 0 < x < float('inf'), 'a number above 0')
-    check('weight_decay gate_weight_decay', lambda x: 0 <= x < float('inf'), 'a number from 0 up')
+    check('lr eps gate_eps max_norm gate_max_norm', lambda x: 0 < x < float('inf'), 'a number above 0')
+    check('gate_lr weight_decay gate_weight_decay', lambda x: 0 <= x < float('inf'), 'a number from 0 up')
     check('beta1 beta2 gate_beta1 gate_beta2 dropout', lambda x: 0 <= x < 1, 'a number from 0 up to, but not, 1')
     for gate in ('', 'gate_'):
         warmup, total = settings.get(f'{gate}warmup_step'), settings.get(f'{gate}total_step')
