@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['quickstart_recipes', 'quickstart', 'indices', 'make_parser', 'parse', 'recipe_of', 'main']
 
-# %% ../nbs/12_cli.ipynb #b85aaa08
-import argparse, difflib, json, os, sys, warnings
+# %% ../nbs/12_cli.ipynb #0b9c5468
+import argparse, difflib, inspect, json, os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pandas as pd
 import transformers
 
 from .analysis import gate_contributions
+from .benchmark import benchmark, benchmark_table, shapes
 from .data import SMALL, get_task
 from .evaluation import best_checkpoint, costs, evaluate, run_setting, score_checkpoints, write_predictions
 from .mappings import Gate
@@ -71,7 +72,7 @@ def _add_recipe_flags(parser, names):
         if f.type is bool: parser.add_argument(*flags, action=argparse.BooleanOptionalAction, default=None, help=shown)
         else: parser.add_argument(*flags, type=indices if f.name in _indices else f.type, default=None, required=f.name in ('experiment', 'task'), help=shown, metavar=f.name.upper())
 
-# %% ../nbs/12_cli.ipynb #93ac901c
+# %% ../nbs/12_cli.ipynb #f6432c4d
 _probing = dict(lad_user_defined='lad_user_defined', partial_lad='partial_lad', lad_cls='lad_cls')
 _training = dict( # command: (help, method) or (help, flag, {its value: method}, default)
     run_fine_tune=('fine-tune a teacher', 'fine_tune'),
@@ -85,7 +86,8 @@ _training = dict( # command: (help, method) or (help, flag, {its value: method},
 )
 _other = dict(run_fine_tune_eval='score every checkpoint of an experiment, name the best, write a CSV',
               generate_test_prediction="write a checkpoint's GLUE submission file", rerun='train the recipe of a run folder again, to the same bytes',
-              quickstart='teacher, LAD student and undistilled student on the toy task, in minutes')
+              quickstart='teacher, LAD student and undistilled student on the toy task, in minutes',
+              benchmark='how much faster than a plain loop, how near to the floor: every mode, timed in one process')
 _faithful_help = ("the paper scripts' choices: gates normed over the sequence, batches padded to max_seq_len, random student embeddings, padding counted in the hidden loss. "
                   "It is the default, because these commands are there to reproduce; --no-faithful copies embeddings, norms tokens and masks padding, which is usually better and always faster")
 
@@ -128,7 +130,14 @@ def make_parser(
         p.add_argument('--resume', action='store_true', help='go on from the last checkpoint')
     elif command == 'quickstart':
         p.add_argument('--seed', type=int, default=42, help='of all three runs (default 42)'); p.add_argument('--resume', action='store_true', help='go on in a folder that exists')
-    if command != 'rerun': p.add_argument('--root', default='quickstart' if command == 'quickstart' else 'experiments', help='the folder that holds experiments')
+    elif command == 'benchmark':
+        p.add_argument('--shape', choices=[s for s in shapes if s != 'tiny'], default='minilm', help='minilm: 6 -> 3 layers, H 384, batch 32; base: 12 -> 6, H 768, batch 8 (default minilm)')
+        for name, what in dict(rounds='of every mode', updates='counted in a round of a mode whose updates are all of one size', rows='training rows; modes with length groups go through all of them in a round',
+                               batch_size="rows of an update; the shape's by default", max_seq_len='tokens of a row (S)', device_id='-1 is the CPU, else a CUDA index').items():
+            p.add_argument(f'--{name}', type=int, default=inspect.signature(benchmark).parameters[name].default, help=what)
+        p.add_argument('--task', help='rte where its folder is given, else the built-in toy task')
+        p.add_argument('--json', action='store_true', help='print one JSON object, and nothing else')
+    if command not in ('rerun', 'benchmark'): p.add_argument('--root', default='quickstart' if command == 'quickstart' else 'experiments', help='the folder that holds experiments')
     return p
 
 # %% ../nbs/12_cli.ipynb #e70e58cf
@@ -170,7 +179,7 @@ def recipe_of(
     if method == 'fine_tune': given = dict(soft_weight=0., hard_weight=1., mu=0.) | given
     return Recipe(**(FAST if args.fast else FAITHFUL if args.faithful else OURS) | given)
 
-# %% ../nbs/12_cli.ipynb #95b2f15e
+# %% ../nbs/12_cli.ipynb #61bfea7f
 def main(
     argv: list=None, # the command line's by default
 ) -> int:            # exit code
@@ -217,4 +226,15 @@ def _quickstart(command, args):
     print(f"\n{Path(args.root)/'table.csv'}\n{Path(args.root)/'contributions.png'}: what each gate takes from each teacher layer\n"
           f"{Path(args.root)/'LAD_bert_toy'}: the student; transformers.pipeline('text-classification', '{Path(args.root)/'LAD_bert_toy'}') loads it")
 
-_commands = dict(train=_train, run_fine_tune_eval=_evaluate, generate_test_prediction=_predict, rerun=_rerun, quickstart=_quickstart)
+def _benchmark(command, args):
+    settings = {k: v for k, v in vars(args).items() if k != 'json'}
+    found = benchmark(**settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if args.json: print(json.dumps(found)); return
+    whole, say = found.get('whole_run'), found['precision']
+    print(f"\n{args.shape}, {found['data']['task']}, {found['machine']['device']}, {found['machine']['threads']} threads; medians of {found['rounds']} rounds (lowest to highest); {say['fast']} in fast modes: {say['why']}\n")
+    print(benchmark_table(found).to_string())
+    print(f"\nexact / floor: {found['exact_over_floor']['median']:.2f}; a product of large matrices reaches {found['matmul_flops']/1e9:.0f} GFLOP/s here")
+    print(f"{whole['epochs']} epochs of {found['data']['task']}, the cache's building counted in: {whole['plain_seconds']} s plain, {whole['fast_cached_seconds']} s with FAST: {whole['ratio']} times")
+    print('\nmilliseconds of an update\n' + pd.DataFrame(found['milliseconds']).T.to_string(float_format='{:.1f}'.format))
+
+_commands = dict(train=_train, benchmark=_benchmark, run_fine_tune_eval=_evaluate, generate_test_prediction=_predict, rerun=_rerun, quickstart=_quickstart)
