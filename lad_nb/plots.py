@@ -7,18 +7,30 @@ __all__ = ['COLUMN', 'plot_contributions', 'plot_contribution_steps', 'plot_cont
            'plot_layer_map', 'plot_attention', 'plot_openness', 'plot_cka', 'plot_probes', 'plot_losses',
            'plot_results', 'plot_differences']
 
-# %% ../nbs/10_plots.ipynb #66131560
+# %% ../nbs/10_plots.ipynb #1a96f7a6
+from functools import wraps
+
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-# %% ../nbs/10_plots.ipynb #710903f9
+# %% ../nbs/10_plots.ipynb #640f3c2e
 COLUMN = 3.3 # inches: the width of a paper's column
 _paper = {'font.size': 7, 'axes.titlesize': 9, 'axes.labelsize': 8, 'xtick.labelsize': 7, 'ytick.labelsize': 7, 'legend.fontsize': 7, 'legend.title_fontsize': 7,
           'axes.spines.top': False, 'axes.spines.right': False, 'lines.linewidth': 1.2, 'lines.markersize': 3.5, 'legend.frameon': False, 'legend.handlelength': 1.4}
 _colour = dict(zip(('teacher', 'gate', 'student', 'other'), sns.color_palette('colorblind')))
 _marker = dict(teacher='o', gate='D', student='s')
+
+def _styled(draw):
+    "Draw in the paper's type. Puts back its own settings only: `rc_context` would undo what a notebook's backend sets when the first figure wakes it"
+    @wraps(draw)
+    def styled(*args, **kwargs):
+        before = {k: plt.rcParams[k] for k in _paper}
+        plt.rcParams.update(_paper)
+        try: return draw(*args, **kwargs)
+        finally: plt.rcParams.update(before)
+    return styled
 
 def _new(ax, height, width=COLUMN):
     "The Axes given, or new ones"
@@ -41,8 +53,8 @@ def _some(frame, what):
     "`ValueError` for a frame without rows"
     if not len(frame): raise ValueError(f"There is nothing to draw: the frame of {what} has no rows.")
 
-# %% ../nbs/10_plots.ipynb #75b888ba
-@plt.rc_context(_paper)
+# %% ../nbs/10_plots.ipynb #ac5fbd76
+@_styled
 def plot_contributions(
     shares: pd.DataFrame, # from `analysis.gate_contributions`: gate, layer, share
     ax: Axes=None,        # where to draw
@@ -63,8 +75,8 @@ def plot_contributions(
     ax.set(title=title, xlabel='teacher layer', ylabel='gate')
     return ax
 
-# %% ../nbs/10_plots.ipynb #ccd2803a
-@plt.rc_context(_paper)
+# %% ../nbs/10_plots.ipynb #d9a6a32e
+@_styled
 def plot_contribution_steps(
     shares: pd.DataFrame, # from `analysis.contributions_by_step`: step, gate, layer, share
     gates: list=None,     # which gates to draw; all that aggregate something by default
@@ -90,8 +102,8 @@ def plot_contribution_steps(
     figure.suptitle(title, size=9); figure.supxlabel('updates', size=8); figure.supylabel('share of the aggregate', size=8)
     return axes
 
-# %% ../nbs/10_plots.ipynb #6e9285c3
-@plt.rc_context(_paper)
+# %% ../nbs/10_plots.ipynb #3b1e7708
+@_styled
 def plot_contribution_tokens(
     shares: pd.DataFrame, # from `analysis.contributions_by_token`: token, gate, layer, share, sd
     gate: int=None,       # the last by default
@@ -112,7 +124,7 @@ def plot_contribution_tokens(
     ax.legend(labelspacing=.25)
     return ax
 
-# %% ../nbs/10_plots.ipynb #439fdeb8
+# %% ../nbs/10_plots.ipynb #370a4d81
 _column = dict(layer=0., gate=1., student=2.)
 _look = dict(layer=(_colour['teacher'], 'teacher'), gate=(_colour['gate'], 'gates'), student=(_colour['student'], 'student')) # told apart by place as well as by colour
 
@@ -124,7 +136,7 @@ def _nodes(ax, kind, indices, height, faint=(), column=_column):
                 bbox=dict(boxstyle='circle,pad=.3', fc='white' if k in faint else colour, ec='0.6' if k in faint else colour, ls='--' if k in faint else '-'))
     if len(indices): ax.text(column[kind], .1, name, ha='center', va='top', size=7)
 
-@plt.rc_context(_paper)
+@_styled
 def plot_mapping(
     edges: pd.DataFrame, # from `mappings.mapping_edges`
     ax: Axes=None,       # where to draw
@@ -147,8 +159,8 @@ def plot_mapping(
     ax.axis('off')
     return ax
 
-# %% ../nbs/10_plots.ipynb #8c4f7bc0
-@plt.rc_context(_paper)
+# %% ../nbs/10_plots.ipynb #69b0a55a
+@_styled
 def plot_layer_map(
     shares: pd.DataFrame,  # from `analysis.layer_map`: student, layer, share; attrs T, M, method, on where they are known
     ax: Axes=None,         # where to draw
@@ -170,8 +182,8 @@ def plot_layer_map(
     ax.axis('off')
     return ax
 
-# %% ../nbs/10_plots.ipynb #5d8b557b
-@plt.rc_context(_paper)
+# %% ../nbs/10_plots.ipynb #ff0c018e
+@_styled
 def plot_attention(
     shares: pd.DataFrame, # from `analysis.layer_map` of an ALP-KD run: student, layer, share, sd
     ax: Axes=None,        # where to draw
@@ -190,8 +202,8 @@ def plot_attention(
     ax.legend(labelspacing=.25, loc='center left', bbox_to_anchor=(1, .5))
     return ax
 
-# %% ../nbs/10_plots.ipynb #d080cf7f
-@plt.rc_context(_paper)
+# %% ../nbs/10_plots.ipynb #f254d2f8
+@_styled
 def plot_openness(
     openness: pd.DataFrame, # from `analysis.gate_openness`: step, gate, openness and the spread's column
     ax: Axes=None,          # where to draw
@@ -211,8 +223,8 @@ def plot_openness(
     ax.legend(title='updates', labelspacing=.25, loc='center left', bbox_to_anchor=(1, .5), alignment='left')
     return ax
 
-# %% ../nbs/10_plots.ipynb #c074f9e5
-@plt.rc_context(_paper)
+# %% ../nbs/10_plots.ipynb #09044895
+@_styled
 def plot_cka(
     alike: pd.DataFrame, # from `analysis.layer_cka`: kind_a, index_a, kind_b, index_b, cka
     ax: Axes=None,       # where to draw
@@ -237,8 +249,8 @@ def plot_cka(
     ax.set(title=title, xlabel='', ylabel='')
     return ax
 
-# %% ../nbs/10_plots.ipynb #7ccd9698
-@plt.rc_context(_paper)
+# %% ../nbs/10_plots.ipynb #72bfd0e9
+@_styled
 def plot_probes(
     probes: pd.DataFrame, # from `analysis.linear_probes`: kind, layer, on, metric, value, baseline
     title: str='Linear probes for the label',
@@ -262,8 +274,8 @@ def plot_probes(
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(kinds) + 1, columnspacing=1)
     return axes
 
-# %% ../nbs/10_plots.ipynb #c3e2c98e
-@plt.rc_context(_paper)
+# %% ../nbs/10_plots.ipynb #2ad76766
+@_styled
 def plot_losses(
     parts: pd.DataFrame,  # from `analysis.loss_parts`: step, part, value, weighted
     value: str='value',   # 'weighted': as it enters the sum
@@ -288,7 +300,7 @@ def plot_losses(
     figure.supxlabel('updates', size=8); figure.supylabel(f"loss{', weighted' if value == 'weighted' else ''}", size=8); figure.suptitle(title, size=9)
     return axes
 
-# %% ../nbs/10_plots.ipynb #84878941
+# %% ../nbs/10_plots.ipynb #95119caf
 def _points(summary, seeds, column, interval, methods, columns):
     "A panel per task, a row per method: seeds, mean, interval"
     if interval not in ('t', 'bootstrap'): raise ValueError(f"interval is {interval!r}; it is 't' or 'bootstrap'.")
@@ -314,7 +326,7 @@ def _points(summary, seeds, column, interval, methods, columns):
 
 def _unit(frame): return ' / '.join(m.replace('_', ' ') for m in dict.fromkeys(frame.metric))
 
-@plt.rc_context(_paper)
+@_styled
 def plot_results(
     summary: pd.DataFrame,      # from `analysis.summarise`
     results: pd.DataFrame=None, # what it summarises: draws the seeds
@@ -330,7 +342,7 @@ def plot_results(
     figure.supxlabel(xlabel or _unit(summary), size=8); figure.suptitle(title, size=9)
     return axes
 
-@plt.rc_context(_paper)
+@_styled
 def plot_differences(
     differences: pd.DataFrame, # from `analysis.paired_differences`
     seeds: pd.DataFrame=None,  # from `analysis.seed_differences`: draws the seeds
