@@ -98,7 +98,7 @@ def token_classes(
     kinds = np.array([[kind(t, after) for t, after in zip(row, row[1:])] for row in tokens])
     return {c: torch.from_numpy(kinds == c).to(attention_mask.device) & attention_mask.bool() for c in ('[CLS]', '[SEP]', 'content', 'function', 'punctuation')}
 
-# %% ../nbs/09_analysis.ipynb #a9e2d030
+# %% ../nbs/09_analysis.ipynb #3a7508b1
 def _mean(
     x: Tensor,    # (B, S, ...)
     mask: Tensor, # (B, S)
@@ -124,8 +124,8 @@ def _with_gates(folder, step=None):
 def _fresh(run):
     "The objective as the run began with it: its seed was set right before"
     distiller, _, recipe = run
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
+    with torch.random.fork_rng(devices=[]): # the CPU's generator alone: that is where gates are made
+        torch.default_generator.manual_seed(recipe.seed)
         return Objective(distiller.mapping, distiller.teacher.config.hidden_size, distiller.student.config.hidden_size, recipe.norm, recipe.max_seq_len)
 
 def _chains(folder, run, steps, device_id):
