@@ -1,0 +1,243 @@
+"""What the analyses promise for any input: CKA's invariances, shares that sum to one, intervals that cover what they say, refusals that say why."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lad_nb.analysis import (CKA, calibrated, contributions_by_example, contributions_by_step, contributions_by_token, gate_contributions, gate_openness, interval, layer_cka, layer_map,
+                             linear_probes, loss_parts, open_with_teacher, paired_differences, passes, seed_differences, summarise, teacher_agreement, token_classes)
+from lad_nb.data import SMALL, load_tokenizer
+from lad_nb.evaluation import evaluate
+from lad_nb.recipes import build, open_run, run
+from lad_nb.training import read_log
+
+
+def cka(*states, batch=None):
+    found = CKA()
+    for rows in torch.arange(len(states[0])).split(batch or len(states[0])): found.add([x[rows] for x in states])
+    return found.value()
+
+
+def slow_cka(x, y):
+    """The estimator as it is written down, one trace at a time."""
+    def hsic(a, b):
+        k, l = a @ a.T, b @ b.T
+        n, one = len(k), torch.ones(len(k), dtype=k.dtype)
+        k, l = k - k.diag().diag(), l - l.diag().diag()
+        return ((k @ l).trace() + (one @ k @ one)*(one @ l @ one)/((n - 1)*(n - 2)) - 2/(n - 2)*(one @ k @ l @ one))/(n*(n - 3))
+    return hsic(x, y)/(hsic(x, x)*hsic(y, y)).sqrt()
+
+
+@pytest.mark.parametrize('n, d, seed', [(4, 3, 0), (5, 40, 1), (17, 6, 2), (64, 384, 3)])
+def test_cka_does_not_mind_rotation_scale_and_place(n, d, seed):
+    torch.manual_seed(seed)
+    x, y, turn = torch.randn(n, d).double(), torch.randn(n, d).double(), torch.linalg.qr(torch.randn(d, d).double())[0]
+    value = cka(x, x @ turn, -.01*x, x + 100, y, 1e3*y @ turn)
+    torch.testing.assert_close(value[:4, :4], torch.ones(4, 4).double())
+    torch.testing.assert_close(value[0, 4], value[1, 5])
+    torch.testing.assert_close(value[0, 4], slow_cka(x, y))
+    torch.testing.assert_close(value, value.T)
+    assert value.abs().max() <= 1
+
+
+def test_cka_minds_what_is_not_a_rotation():
+    torch.manual_seed(0)
+    x = torch.randn(200, 10)
+    assert cka(x, x*torch.tensor([10.] + [1.]*9))[0, 1] < .7
+
+
+def test_cka_of_independent_data_is_about_0():
+    """With more dimensions than rows, where the plain form is near 1."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 640, 100)
+    gram = [(z - z.mean(0)) @ (z - z.mean(0)).T for z in (x[:32], y[:32])]
+    assert (gram[0]*gram[1]).sum()/(gram[0].norm()*gram[1].norm()) > .6
+    assert abs(cka(x, y, batch=32)[0, 1]) < .05
+
+
+def test_cka_of_batches_nears_that_of_all_rows():
+    torch.manual_seed(0)
+    x = torch.randn(4096, 8)
+    y = x @ torch.randn(8, 12) + torch.randn(4096, 12)
+    x_, y_ = x - x.mean(0), y - y.mean(0)
+    plain = (x_.T @ y_).norm()**2/((x_.T @ x_).norm()*(y_.T @ y_).norm())
+    assert abs(cka(x, y, batch=64)[0, 1] - plain) < .01 and abs(cka(x, y)[0, 1] - plain) < .005
+
+
+def test_cka_has_a_number_for_every_batch():
+    for n in range(4, 8):
+        for seed in range(50):
+            torch.manual_seed(seed)
+            value = cka(torch.randn(n, 2), torch.randn(n, 300), torch.zeros(n, 5))
+            assert value.isfinite().all() and value.abs().max() <= 1 and not value[2].any()
+    with pytest.raises(ValueError, match='at least 4 rows'): cka(torch.randn(3, 2), torch.randn(3, 2))
+
+
+def results(**methods):
+    return pd.DataFrame([dict(task=task, method=m, seed=s, metric='accuracy', value=v) for task in ('rte', 'toy') for m, values in methods.items() for s, v in values.items()])
+
+
+def test_paired_differences_see_through_the_luck_of_seeds():
+    """Seeds differ by 0.1 and more, the method always wins by 0.01: pairs show it, means don't."""
+    luck = np.random.default_rng(0).normal(.7, .1, 5)
+    table = results(undistilled=dict(enumerate(luck)), lad=dict(enumerate(luck + [.009, .010, .011, .010, .010])))
+    for row in paired_differences(table).to_dict('records'):
+        assert row['n'] == 5 and row['mean'] == pytest.approx(.01)
+        assert .009 <= row['low'] <= row['mean'] <= row['high'] <= .011 and row['t_low'] > .009
+    apart = summarise(table).query('task == "rte"').set_index('method')
+    assert apart.low['lad'] < apart.high['undistilled']
+
+
+def test_only_seeds_that_both_have_are_paired():
+    table = results(undistilled={1: .5, 2: .6, 3: .7}, lad={2: .65, 3: .8, 4: 0.}, kd={9: .9}, pkd={3: .75})
+    found = paired_differences(table).query('task == "toy"').set_index('method')
+    assert found.n.to_dict() == dict(lad=2, kd=0, pkd=1)
+    assert found.loc['lad', 'mean'] == pytest.approx(.075) and found.loc['pkd', 'mean'] == pytest.approx(.05) and np.isnan(found.loc['kd', 'mean'])
+    assert found.loc[['kd', 'pkd'], ['sd', 'low', 'high', 't_low', 't_high']].isna().to_numpy().all()
+    assert seed_differences(table).query('method == "kd"').difference.isna().all()
+    swapped = paired_differences(table, 'lad').query('task == "toy"').set_index('method')
+    assert swapped.loc['undistilled', 'mean'] == pytest.approx(-.075)
+
+
+def test_intervals_cover_what_the_notebook_says():
+    """Of normal numbers: Student's t 95 %; the bootstrap of three is smallest to largest, and of five some 83 %."""
+    rng = np.random.default_rng(0)
+    for n in (3, 5):
+        found = pd.DataFrame([interval(rng.normal(size=n), resamples=999) for _ in range(500)])
+        t, boot = ((found[low] <= 0) & (found[high] >= 0) for low, high in (('t_low', 't_high'), ('low', 'high')))
+        assert .92 < t.mean() < .98 and (.68 if n == 3 else .78) < boot.mean() < (.82 if n == 3 else .88)
+    values = [.1, .5, .4]
+    assert [interval(values)[k] for k in ('low', 'high')] == pytest.approx([.1, .5])
+    same = interval([.5]*3)
+    assert same['low'] == same['high'] == same['t_low'] == .5
+    wider = interval(rng.normal(size=5), level=.99)
+    assert wider['t_high'] - wider['t_low'] > wider['high'] - wider['low']
+
+
+def test_calibration():
+    table = results(teacher={1: .9, 2: .8}, undistilled={1: .5, 2: .6}, lad={1: .7, 3: 1.})
+    found = calibrated(table).query('task == "rte"')
+    assert found.groupby('method').value.mean().to_dict() == pytest.approx(dict(teacher=1, undistilled=0, lad=1))
+    assert list(found.columns) == ['task', 'method', 'seed', 'metric', 'value']
+    worse = table.assign(value=np.where((table.task == 'toy') & (table.method == 'teacher'), .1, table.value))
+    with pytest.raises(ValueError, match=r'No scale for toy \(accuracy\)'): calibrated(worse)
+    with pytest.warns(UserWarning, match='No scale for toy'): assert set(calibrated(worse, unscaled='drop').task) == {'rte'}
+
+
+@pytest.mark.parametrize('fault, message', [
+    (lambda t: t.drop(columns=['seed', 'metric']), 'no column seed, metric'),
+    (lambda t: pd.concat([t, t.iloc[[0]]]), 'two values for'),
+    (lambda t: t.assign(value=[np.nan, *t.value[1:]]), 'not a finite number'),
+])
+def test_results_that_cannot_be_summarised(fault, message):
+    table = fault(results(undistilled={1: .5}, lad={1: .6}))
+    for f in (summarise, paired_differences, calibrated):
+        with pytest.raises(ValueError, match=message): f(table)
+
+
+def test_no_results():
+    assert len(summarise(results(lad={1: .6}).iloc[:0])) == 0
+    with pytest.raises(ValueError, match='no method .undistilled. to compare with. There are: lad'): paired_differences(results(lad={1: .6}))
+
+
+def test_every_real_token_has_one_class():
+    tokenizer = load_tokenizer(SMALL)
+    texts = ["She didn't see the (unbelievable) 42 dogs.", '', '... !', 'into thesauruses', 'Überraschung 漢字']
+    batch = tokenizer(texts, [''] + ['not a word']*4, padding=True, return_tensors='pt')
+    classes = token_classes(batch['input_ids'], batch['attention_mask'], tokenizer)
+    assert torch.equal(sum(m.long() for m in classes.values()), batch['attention_mask'])
+    words = lambda row, c: tokenizer.convert_ids_to_tokens(batch['input_ids'][row, classes[c][row]])
+    assert words(0, 'function') == ['she', 'didn', 't', 'the'] and '42' in words(0, 'content') and words(0, 'punctuation') == ["'", '(', ')', '.']
+    assert words(1, 'content') == ['word'] and words(2, 'punctuation') == ['.', '.', '.', '!'] and words(3, 'function') == ['into', 'not', 'a']
+
+
+@pytest.mark.parametrize('method, options', [('lad', {}), ('lad_no', {}), ('lad_cls', {}), ('lad_reversed', {}), ('partial_lad', {}), ('bert_pkd', {}), ('alp_kd', {}), ('alp_kd_hidden', {}),
+                                             ('lad', dict(norm='sequence', padding='max_length')), ('lad_user_defined', dict(gate_indices=(6, 4), student_indices=(3, 1)))])
+def test_shares_sum_to_one(experiments, lad, method, options):
+    """For every method, as it was made and as it was trained; batches don't matter."""
+    recipe = lad.replace(experiment=f'sums_{method}', method=method, total_step=1, ckpt_step=1, log_step=1, **options)
+    folder = run(recipe, experiments, progress=False)
+    table, again = layer_map(folder, rows=10, batch_size=4), layer_map(folder, rows=10, batch_size=10)
+    assert (table.groupby('student').share.sum() - 1).abs().max() < 1e-5 and table.share.between(-1e-6, 1 + 1e-6).all()
+    assert np.allclose(table.share, again.share, atol=1e-5) and np.allclose(table.sd, again.sd, atol=1e-5)
+    assert (sorted(table.student.unique()), set(table.layer), set(table.examples)) == ([1, 3] if 'gate_indices' in options else [1, 2, 3], set(range(1, 7)), {10})
+    assert table.attrs == dict(method=method, T=6, M=3, on='cls' if method in ('lad_cls', 'alp_kd') else 'hidden')
+    mapping = open_run(folder)[0].mapping
+    if not mapping.segments:
+        with pytest.raises(ValueError, match='which has no gates'): gate_openness(folder)
+        return
+    for frame in (contributions_by_example(folder, rows=6), contributions_by_token(folder, rows=6), contributions_by_step(folder, rows=6), gate_contributions(folder, rows=6)):
+        by = [c for c in ('example', 'token', 'step', 'gate') if c in frame]
+        assert (frame.groupby(by).share.sum() - 1).abs().max() < 1e-5 and set(frame.gate) == set(mapping.gates)
+    assert gate_openness(folder, rows=6).openness.between(0, 1).all()
+
+
+def test_a_map_at_cls_is_that_of_cls(experiments, lad):
+    folder = run(lad.replace(experiment='at_cls', method='lad_cls', total_step=1, ckpt_step=1, log_step=1), experiments, progress=False)
+    cls = contributions_by_token(folder, rows=8).query('token == "[CLS]" and gate in (2, 4, 6)')
+    assert np.allclose(layer_map(folder, rows=8).share, cls.share, atol=1e-6)
+    assert not np.allclose(cls.share, gate_contributions(folder, rows=8).query('gate in (2, 4, 6)').share, atol=1e-5)
+
+
+def test_fresh_gates_are_those_the_run_began_with(experiments, lad):
+    folder = run(lad.replace(experiment='still', gate_lr=1e-12, total_step=2, ckpt_step=2), experiments, progress=False)
+    distiller, tokenizer, recipe = open_run(folder)
+    made, _ = build(recipe, experiments)
+    table = contributions_by_step(folder, rows=8)
+    assert np.allclose(table[table.step == 0].share, table[table.step == 2].share, atol=1e-6)  # gates that never moved
+    for a, b in zip(made.objective.gates.parameters(), distiller.objective.gates.parameters()): torch.testing.assert_close(a, b)
+
+
+def test_gates_alone_need_no_student(experiments, lad):
+    folder = run(lad.replace(experiment='short'), experiments, progress=False)
+    assert all(out.student_logits is None for _, out in passes(open_run(folder), rows=4, student=False))
+    whole = [out.aggregates.state[6] for _, out in passes(open_run(folder), rows=5, batch_size=5)]
+    alone = [out.aggregates.state[6] for _, out in passes(open_run(folder), rows=5, batch_size=5, student=False)]
+    torch.testing.assert_close(whole, alone)
+    with pytest.raises(FileNotFoundError, match='There are: 2, 4'): gate_openness(folder, [3])
+    with pytest.raises(FileNotFoundError, match='no run folder'): layer_map(experiments)
+    log = read_log(folder)
+    assert [r['value'] for r in loss_parts(folder).query('part == "hard"').to_dict('records')] == [line['hard'] for line in log]
+    (folder/'log.jsonl').write_text('')
+    with pytest.raises(ValueError, match='never reached a log line'): loss_parts(folder)
+
+
+def test_runs_without_a_teacher_are_held_against_one(experiments, lad):
+    folder, teacher = run(lad.replace(experiment='plain', method='undistilled', teacher_exp=None, ptrain_ver=SMALL), experiments, progress=False), experiments/'teacher_bert_toy'
+    assert len(layer_map(folder)) == 0 and layer_map(folder).attrs['M'] == 3
+    with pytest.raises(ValueError, match='learned from no teacher'): teacher_agreement(folder)
+    assert set(layer_cka(folder, teacher=teacher, rows=8, on='cls').kind_a) == {'teacher', 'student'}
+    assert set(layer_cka(folder, rows=8, on='mean').kind_a) == {'student'}
+    agreement = teacher_agreement(folder, teacher=teacher, rows=40)
+    assert agreement.step.tolist() == [2, 4] and agreement.same.between(0, 1).all() and (agreement.kl > 0).all()
+    itself = teacher_agreement(teacher, steps=[4], teacher=teacher, rows=40).iloc[0]
+    assert itself.same == 1 and itself.kl == pytest.approx(0, abs=1e-9)
+    assert set(loss_parts(folder).query('weighted != 0').part) == {'loss', 'hard'}
+    with pytest.raises(ValueError, match='has a teacher of its own'): open_with_teacher(run(lad.replace(experiment='own', total_step=1), experiments, progress=False), teacher=teacher)
+
+
+def test_a_probe_reads_what_is_there_and_no_more(experiments):
+    """The teacher's own head reads its pooled [CLS]; a probe of the last layer must not be far below it, and shuffled labels leave it at chance."""
+    teacher = experiments/'teacher_bert_toy'
+    table = linear_probes(teacher, train_rows=300, rows=200)
+    assert set(table.kind) == {'student'} and table.layer.max() == 6 and len(table) == 12
+    assert table.value.max() > .6 and table.baseline.iloc[0] == pytest.approx(.5, abs=.02)          # the mean of tokens tells some of the toy task's phenomena
+    assert table.query('layer == 6').value.max() > evaluate(teacher, 'toy', max_seq_len=32)['accuracy'] - .1
+
+
+def test_probes_and_agreement_of_a_regression(tmp_path, experiments, lad):
+    from lad_nb.recipes import rte
+    from conftest import FEW
+    for split, rows in (('train', 48), ('dev', 24)):
+        lines = [f'{i}\ta man {a} a dog\ta man {b} a dog\t{5. if a == b else 1. + i % 3/2}' for i in range(rows) for a, b in [(('saw', 'fed', 'hit')[i % 3], ('saw', 'fed', 'hit')[i//3 % 3])]]
+        (tmp_path/f'{split}.tsv').write_text('index\tsentence1\tsentence2\tscore\n' + '\n'.join(lines) + '\n')
+    few = FEW | dict(task='stsb', data_dir=str(tmp_path), total_step=2)
+    run(rte['fine_tune'].replace(experiment='scores', ptrain_ver=SMALL, **few), experiments, progress=False)
+    folder = run(lad.replace(experiment='lad_scores', teacher_exp='scores', tckpt=2, **few), experiments, progress=False)
+    table = linear_probes(folder, rows=24, train_rows=48)
+    assert set(table.metric) == {'pearson'} and set(table.baseline) == {0.} and table.value.max() > .5
+    agreement = teacher_agreement(folder)
+    assert list(agreement.columns) == ['step', 'mse', 'pearson', 'examples'] and (agreement.mse > 0).all() and agreement.examples.tolist() == [24]
+    assert json.loads((folder/'recipe.json').read_text())['recipe']['task'] == 'stsb'
