@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['section5', 'Study', 'held_out_rows', 'code_version', 'append_result', 'read_results', 'jobs', 'missing', 'chosen_lrs',
-           'tuning_table', 'run_study', 'collect']
+           'tuning_table', 'run_study', 'collect', 'collect_looks']
 
-# %% ../nbs/14_study.ipynb #1b2104a8
+# %% ../nbs/14_study.ipynb #336fc39a
 import hashlib, json, os, platform, shutil, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from filelock import FileLock
 
+from .analysis import gate_contributions, layer_map, teacher_agreement
 from .data import SMALL, encode, get_task, load_task, load_tokenizer
 from .evaluation import evaluate, predict, score
 from .recipes import FAST, Recipe, recipe_from_dict, run
@@ -54,7 +55,7 @@ class Study:
 
 def _plain(label): return ''.join(c if c.isalnum() or c in '.+=@-' else '_' for c in label)
 
-# %% ../nbs/14_study.ipynb #08275562
+# %% ../nbs/14_study.ipynb #9c82052d
 def held_out_rows(
     recipe: Recipe, # of a tuning run
     rows: int,      # how many
@@ -67,6 +68,15 @@ def _scores(folder, recipe, held_out):
     tokenizer = load_tokenizer(folder)
     data = encode(held_out_rows(recipe, held_out), tokenizer, recipe.max_seq_len)
     return score(recipe.task, predict(load_classifier(folder, recipe.task), data, tokenizer, device_id=recipe.device_id), np.array(data['labels']))
+
+def _looks(folder, recipe, rows=256):
+    "What a run learned from, small enough to keep: the layers behind every student layer and gate, and the agreement with the teacher"
+    if not recipe.distils: return {}
+    which, kept = dict(rows=rows, data_dir=recipe.data_dir, device_id=recipe.device_id), lambda frame, columns: frame[columns].round(4).values.tolist()
+    out = dict(agreement=teacher_agreement(folder, steps=[recipe.total_step], data_dir=recipe.data_dir, device_id=recipe.device_id)[['same', 'kl']].round(4).to_dict('records')[0])
+    if recipe.method != 'kd': out['layer_map'] = kept(layer_map(folder, **which), ['student', 'layer', 'share', 'sd'])
+    try: return out | dict(contributions=kept(gate_contributions(folder, **which), ['gate', 'layer', 'share', 'sd']))
+    except ValueError: return out # no gates
 
 @cache
 def code_version() -> dict:
@@ -102,8 +112,9 @@ def _one(job, root, results):
     resumed = bool(checkpoints(folder))
     run(recipe, root, resume=True, progress=False)
     trained = time.time()
+    extra = {} if job['stage'] == 'tune' else _looks(folder, recipe)
     line = {k: job[k] for k in ('study', 'stage', 'task', 'method', 'seed')} | dict(scores=_scores(folder, recipe, job['held_out']), train_seconds=round(trained - started, 1), resumed=resumed,
-        seconds=round(time.time() - started, 1), finished=datetime.now(timezone.utc).isoformat(timespec='seconds'), recipe=job['recipe'], versions=versions() | dict(processor=_processor()), code=code_version())
+        seconds=round(time.time() - started, 1), finished=datetime.now(timezone.utc).isoformat(timespec='seconds'), recipe=job['recipe'], versions=versions() | dict(processor=_processor()), code=code_version()) | extra
     append_result(results, line)
     for checkpoint in checkpoints(folder).values(): shutil.rmtree(checkpoint)
     return line
@@ -225,16 +236,31 @@ class _Pace:
         end = f", about {timedelta(seconds=round(seconds))}, ends {datetime.now() + timedelta(seconds=seconds):%H:%M}" if self.left else ''
         return f"[{self.all - len(self.left)}/{self.all}] {job['task']} {job['method']} {what}: {scores} in {line['seconds']:.0f} s; {len(self.left)} left{end}"
 
-# %% ../nbs/14_study.ipynb #9298a5c5
+# %% ../nbs/14_study.ipynb #1508b277
 def collect(
     study: Study,
     results: str, # folder of the results
 ) -> pd.DataFrame: # task, method, seed, lr, metric, value, seconds
     "The runs of a study that are done, tidy: a row per run and metric"
-    wanted = None if study is None else {_key(j) for j in jobs(study, results)}
     rows = [dict(task=l['task'], method=l['method'], seed=l['seed'], lr=l['recipe']['lr'], metric=m, value=v, seconds=l['train_seconds'])
-            for l in read_results(results) if l['stage'] == 'run' and _key(l) in wanted for m, v in l['scores'].items()]
+            for l in _finished(study, results) for m, v in l['scores'].items()]
     return pd.DataFrame(rows, columns=['task', 'method', 'seed', 'lr', 'metric', 'value', 'seconds'])
+
+def collect_looks(
+    study: Study,
+    results: str,  # folder of the results
+    what: str='layer_map', # or 'contributions', 'agreement'
+) -> pd.DataFrame: # task, method, seed, and student (or gate), layer, share, sd; or same, kl
+    "What the runs of a study learned from"
+    columns = dict(layer_map=['student', 'layer', 'share', 'sd'], contributions=['gate', 'layer', 'share', 'sd'], agreement=['same', 'kl'])
+    if what not in columns: raise ValueError(f"what is {what!r}; it is one of {', '.join(columns)}.")
+    rows = [[l['task'], l['method'], l['seed'], *row] for l in _finished(study, results) if what in l for row in ([l[what].values()] if what == 'agreement' else l[what])]
+    return pd.DataFrame(rows, columns=['task', 'method', 'seed', *columns[what]])
+
+def _finished(study, results):
+    "Result lines of the grid's own runs"
+    wanted = {_key(j) for j in jobs(study, results)}
+    return [l for l in read_results(results) if l['stage'] == 'run' and _key(l) in wanted]
 
 # %% ../nbs/14_study.ipynb #6b08d65a
 _teacher = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=5e-5, soft_weight=0., hard_weight=1., mu=0., length_groups=True, device_id=-1)
