@@ -8,7 +8,7 @@ import torch
 
 from lad_nb.analysis import (CKA, calibrated, contributions_by_example, contributions_by_step, contributions_by_token, gate_contributions, gate_openness, interval, layer_cka, layer_map,
                              linear_probes, loss_parts, open_with_teacher, paired_differences, passes, seed_differences, summarise, teacher_agreement, token_classes)
-from lad_nb.data import SMALL, load_tokenizer
+from lad_nb.data import SMALL, load_task, load_tokenizer
 from lad_nb.evaluation import evaluate
 from lad_nb.recipes import build, open_run, run
 from lad_nb.training import read_log
@@ -153,7 +153,8 @@ def test_every_real_token_has_one_class():
     assert words(1, 'content') == ['word'] and words(2, 'punctuation') == ['.', '.', '.', '!'] and words(3, 'function') == ['into', 'not', 'a']
 
 
-@pytest.mark.parametrize('method, options', [('lad', {}), ('lad_no', {}), ('lad_cls', {}), ('lad_reversed', {}), ('partial_lad', {}), ('bert_pkd', {}), ('alp_kd', {}), ('alp_kd_hidden', {}),
+@pytest.mark.parametrize('method, options', [('lad', {}), ('lad_no', {}), ('partial_lad', {}), ('bert_pkd', {}), ('alp_kd_hidden', {}),
+                                             *(pytest.param(m, {}, marks=pytest.mark.slow) for m in ('lad_cls', 'lad_reversed', 'alp_kd')),
                                              ('lad', dict(norm='sequence', padding='max_length')), ('lad_user_defined', dict(gate_indices=(6, 4), student_indices=(3, 1)))])
 def test_shares_sum_to_one(experiments, lad, method, options):
     """For every method, as it was made and as it was trained; batches don't matter."""
@@ -202,6 +203,14 @@ def test_gates_alone_need_no_student(experiments, lad):
     assert [r['value'] for r in loss_parts(folder).query('part == "hard"').to_dict('records')] == [line['hard'] for line in log]
     (folder/'log.jsonl').write_text('')
     with pytest.raises(ValueError, match='never reached a log line'): loss_parts(folder)
+
+
+def test_the_training_split_is_that_of_the_run(experiments, lad):
+    folder = run(lad.replace(experiment='slice', train_size=20, sample_seed=3, total_step=1), experiments, progress=False)
+    tokenizer = load_tokenizer(folder)
+    seen = [tokenizer.decode(ids, skip_special_tokens=True) for batch, _ in passes(open_run(folder), split='train', rows=None, batch_size=8, student=False) for ids in batch['input_ids']]
+    drawn = load_task('toy', 'train', size=20, sample_seed=3)
+    assert seen == [tokenizer.decode(tokenizer(a, b)['input_ids'], skip_special_tokens=True) for a, b in zip(drawn['sentence1'], drawn['sentence2'])]
 
 
 def test_runs_without_a_teacher_are_held_against_one(experiments, lad):
