@@ -179,7 +179,7 @@ def recipe_of(
     if method == 'fine_tune': given = dict(soft_weight=0., hard_weight=1., mu=0.) | given
     return Recipe(**(FAST if args.fast else FAITHFUL if args.faithful else OURS) | given)
 
-# %% ../nbs/12_cli.ipynb #61bfea7f
+# %% ../nbs/12_cli.ipynb #ee44f9d6
 def main(
     argv: list=None, # the command line's by default
 ) -> int:            # exit code
@@ -202,6 +202,7 @@ def _train(command, args):
     recipe = recipe_of(command, args)
     if args.dry_run: print(json.dumps(plan(recipe, args.root), indent=1)); return
     folder = run(recipe, args.root, args.resume)
+    if os.environ.get('RANK', '0') != '0': return # torchrun's first process speaks for all
     print(f"{folder}: {recipe.method}, {recipe.total_step} updates. Score it: lad-nb run_fine_tune_eval --experiment {recipe.experiment} --model {recipe.model} --task {recipe.task}")
 
 def _evaluate(command, args):

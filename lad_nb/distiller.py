@@ -32,7 +32,7 @@ class DistilOutput(ModelOutput):
     targets: tuple = None         # P tensors (B, S, H)
     attention: dict = None        # {student layer: (B, T) or (B, S, T)} for sources that attend
 
-# %% ../nbs/05_distiller.ipynb #394c8786
+# %% ../nbs/05_distiller.ipynb #cf6f7216
 class Objective(nn.Module):
     "Gates, projections and the three losses of one mapping; works on states, so it can be held against numbers"
     def __init__(self,
@@ -69,6 +69,7 @@ class Objective(nn.Module):
         labels: Tensor=None,         # (B,); not needed when hard_weight is 0
         attention_mask: Tensor=None, # (B, S)
         output_states: bool=False,   # hand back states, aggregates and targets as well
+        tokens: Tensor=None,         # scalar: see `losses.hidden_loss`
     ) -> DistilOutput:
         "The loss of one batch, and its parts"
         zero = student_logits.new_zeros(())
@@ -84,7 +85,7 @@ class Objective(nn.Module):
                 target = pair.source(states, pair.student)
                 if isinstance(target, tuple): target, attention[pair.student] = target
                 targets.append(target)
-                hidden.append(hidden_loss(student[pair.student - 1], target, self.mapping.on, attention_mask if self.mask_padding else None))
+                hidden.append(hidden_loss(student[pair.student - 1], target, self.mapping.on, attention_mask if self.mask_padding else None, tokens))
         out.hidden = torch.stack(hidden) if hidden else student_logits.new_zeros(0)
         out.loss = self.hard_weight*hard + self.soft_weight*soft + self.mu/self.mapping.M*out.hidden.sum()
         if output_states:
@@ -99,7 +100,7 @@ def check_weights(soft_weight, hard_weight, softmax_temp, mu):
     if not 0 < softmax_temp < float('inf'): raise ValueError(f"softmax_temp is {softmax_temp}; a temperature above 0 was expected.")
     if soft_weight == hard_weight == 0: raise ValueError("soft_weight and hard_weight are both 0: nothing would train the student's head.")
 
-# %% ../nbs/05_distiller.ipynb #16f65821
+# %% ../nbs/05_distiller.ipynb #01cf204b
 class Distiller(nn.Module):
     "A student, its frozen teacher and the objective between them"
     def __init__(self,
@@ -151,13 +152,14 @@ class Distiller(nn.Module):
         teacher_hidden: list=None,   # T tensors (B, S, H), if the teacher was asked before; from `cache.TeacherCache`
         teacher_logits: Tensor=None, # (B, C), likewise
         output_states: bool=False,   # hand back every state as well
+        tokens: Tensor=None,         # scalar: real tokens of a micro-batch, on average over those of the update; its own by default
     ) -> DistilOutput:
         "One batch through both models"
         batch = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         if self.teacher is not None and teacher_logits is None: teacher_hidden, teacher_logits = self.ask_teacher(**batch, output_states=output_states)
         out = self.student(**batch, output_hidden_states=output_states or bool(self.mapping.pairs))
         student_hidden = out.hidden_states[1:] if out.hidden_states is not None else []
-        return self.objective(student_hidden, out.logits, teacher_hidden, teacher_logits, labels, attention_mask, output_states)
+        return self.objective(student_hidden, out.logits, teacher_hidden, teacher_logits, labels, attention_mask, output_states, tokens)
 
     def contributions(self,
         aggregates: Aggregates,      # `out.aggregates` of a forward pass with output_states=True

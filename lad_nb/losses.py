@@ -9,7 +9,7 @@ __all__ = ['hard_loss', 'soft_loss', 'hidden_loss']
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/04_losses.ipynb #62a74b63
+# %% ../nbs/04_losses.ipynb #5759afd5
 def hard_loss(
     student_logits: Tensor, # (B, C), or (B, 1) for regression
     labels: Tensor,         # (B,) ids, or floats for regression
@@ -35,9 +35,10 @@ def hidden_loss(
     target: Tensor,              # (B, S, H)
     on: str='hidden',            # 'cls': position 0 of both only
     attention_mask: Tensor=None, # (B, S): average over real tokens only; None: over all, padding included (the paper)
+    tokens: Tensor=None,         # real tokens to divide by; the batch's own by default. See `training.DistilTrainer.get_batch_samples`
 ) -> Tensor:                     # scalar
     "Mean squared error of one student layer and its source"
     if on == 'cls': return F.mse_loss(student[:, 0], target[:, 0])
     if attention_mask is None: return F.mse_loss(student, target)
     mask = attention_mask.to(student.dtype).unsqueeze(-1)
-    return (mask*(student - target)**2).sum()/(mask.sum()*student.shape[-1]).clamp(min=1)
+    return (mask*(student - target)**2).sum()/((mask.sum() if tokens is None else tokens)*student.shape[-1]).clamp(min=1)

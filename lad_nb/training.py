@@ -187,7 +187,7 @@ def linear_schedule(
     if step < warmup_step: return step/warmup_step
     return max(0., (total_step - step)/max(1, total_step - warmup_step))
 
-# %% ../nbs/06_training.ipynb #62110618
+# %% ../nbs/06_training.ipynb #44899593
 class DistilTrainer(Trainer):
     "Trains a `Distiller`"
     def __init__(self,
@@ -241,6 +241,15 @@ class DistilTrainer(Trainer):
             self.lr_scheduler = LambdaLR(getattr(optimizer, 'optimizer', optimizer), [schedules[g['half']] for g in optimizer.param_groups])
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        "The micro-batches of one update. Each learns how many real tokens they have on average, over all processes: the mean of their losses is then the mean over all tokens of the update"
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.model.objective.mask_padding and (len(batches) > 1 or self.args.world_size > 1):
+            counts = torch.stack([b['attention_mask'].sum() for b in batches]).float().to(device)
+            tokens = self.accelerator.gather(counts).mean()
+            for b in batches: b['tokens'] = tokens
+        return batches, items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The loss of a micro-batch; its parts are kept for the log, on the device"
@@ -365,7 +374,7 @@ def read_log(
             if i + 1 < len(lines): raise ValueError(f"{path}, line {i + 1}: not JSON.") from None
     return out
 
-# %% ../nbs/06_training.ipynb #0f018253
+# %% ../nbs/06_training.ipynb #0946ac4f
 def experiment_folder(
     experiment: str,         # its name
     task: str,               # the task's name
@@ -433,8 +442,9 @@ def train(
 ) -> Path:                   # the run folder
     "Train to the end; afterwards the run folder holds the final student"
     folder = Path(trainer.args.output_dir)
-    check_new(folder, resume)
-    if resume: check_same(folder, description or {})
+    if trainer.is_world_process_zero(): # another process may come later than what this one writes
+        check_new(folder, resume)
+        if resume: check_same(folder, description or {})
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
     folder.mkdir(parents=True, exist_ok=True)
     if trainer.is_world_process_zero() and not (folder/'recipe.json').exists(): write_text(folder/'recipe.json', json.dumps((description or {}) | dict(versions=versions()), indent=1) + '\n')

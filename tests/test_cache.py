@@ -13,7 +13,7 @@ from lad_nb.data import SMALL, encode, load_task, load_tokenizer
 from lad_nb.recipes import FAST, make_trainer, run
 from lad_nb.students import load_classifier
 
-METHODS = ('lad', 'lad_cls', 'lad_no', 'partial_lad', 'lad_reversed', 'bert_pkd', 'alp_kd', 'alp_kd_hidden', 'alp_kd_hidden_v2', 'kd')
+METHODS = ['lad', 'bert_pkd', 'alp_kd_hidden', *(pytest.param(m, marks=pytest.mark.slow) for m in ('lad_cls', 'lad_no', 'partial_lad', 'lad_reversed', 'alp_kd', 'alp_kd_hidden_v2', 'layer_mean', 'kd'))]
 
 
 @pytest.mark.parametrize('method', METHODS)
