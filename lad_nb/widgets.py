@@ -6,12 +6,12 @@
 __all__ = ['StepRecord', 'weight_groups', 'Pace', 'Reader', 'Stepper', 'Picture', 'draw_record', 'draw_run', 'Panel', 'panel',
            'LiveView']
 
-# %% ../nbs/11_widgets.ipynb #4e661978
+# %% ../nbs/11_widgets.ipynb #39af8709
 import contextlib, functools, html, io, random, signal, threading, time, warnings, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import ipywidgets, numpy as np, pandas as pd, torch
+import ipywidgets, matplotlib, numpy as np, pandas as pd, torch
 from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -254,7 +254,7 @@ def _sum_up(states):
     return dict(contributions=None if contributions[0] is None else mean(contributions).cpu(), openness={k: (m, max(0., s - m*m)**.5) for k, (m, s) in moments.items()},
                 attention={m: mean([a[m] for a in attention]).tolist() for m in attention[0]})
 
-# %% ../nbs/11_widgets.ipynb #8676b277
+# %% ../nbs/11_widgets.ipynb #d143775a
 class _Leave(Exception): "Takes the worker out of `Trainer.train`, at the beginning of an update"
 
 def _random_state():
@@ -326,7 +326,7 @@ def _abandon(hold, thread):
     "A Stepper that nobody holds, or the end of Python: let the worker go"
     hold.leave = hold.leave or 'drop'
     with hold.turn: hold.turn.notify_all()
-    if thread is not threading.current_thread(): thread.join(5)
+    if thread.is_alive(): thread.join(5)
 
 @contextlib.contextmanager
 def _interrupts(ask):
@@ -464,12 +464,12 @@ def _wanted(hold, pace, step):
     if step >= min(hold.target, hold.total): return 'weights'
     return 'weights' if hold.listeners and pace.free() else 'parts'
 
-# %% ../nbs/11_widgets.ipynb #c320e3d1
+# %% ../nbs/11_widgets.ipynb #8ef30569
 class Picture(Figure):
     "A figure that shows itself in a notebook and saves as any other; pyplot never hears of it"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, layout='constrained', **kwargs)
-        FigureCanvasAgg(self)
+        FigureCanvasAgg(self) # no window, no pyplot
 
     def png(self, dpi: int=110) -> bytes:
         out = io.BytesIO()
@@ -486,60 +486,60 @@ def _weighted(history, weights):
 
 def _shares_on(record, ax):
     "The heat map of gates; of attention, for methods that attend"
-    if record is None or record.shares is None: ax.axis('off'); return
     kind, pairs = record.shares.columns[0], {p.source.k: p.student for p in record.mapping.pairs if hasattr(p.source, 'k')}
     what = 'What each gate took' if kind == 'gate' else 'What each student layer attended to'
     plot_contributions(record.shares.rename(columns={kind: 'gate'}), ax, f'{what}, update {record.step}', pairs if kind == 'gate' else None)
-    ax.set_ylabel('gate' if kind == 'gate' else 'student layer')
+    ax.title.set_size(8)
+    if kind != 'gate': ax.set_ylabel('student layer')
 
+@matplotlib.rc_context({'font.size': 7, 'axes.titlesize': 8, 'axes.labelsize': 7})
 def draw_record(
     record: StepRecord, # a full one
 ) -> Picture:
     "What the gates took, and how hard every layer and gate was pulled and how far it moved"
     if not record.full: raise ValueError(f"The record of update {record.step} holds the loss parts only: it was one of many. step() gives full ones.")
     figure = Picture(figsize=(7, 2.7))
-    heat, pull, move = figure.subplots(1, 3, width_ratios=[1.5, 1, 1] if record.shares is not None else [.01, 1, 1])
-    _shares_on(record, heat)
+    shares = record.shares is not None
+    *heat, pull, move = figure.subplots(1, 2 + shares, width_ratios=[*[1.4]*shares, 1, 1])
+    if shares: _shares_on(record, heat[0])
     table = record.groups
-    for ax, values, label in ((pull, table.gradient, 'gradient norm'), (move, table.relative, 'movement / norm of weights')):
+    for ax, values, label in ((pull, table.gradient, 'norm, before clipping'), (move, table.relative, 'norm / norm of weights')):
         ax.plot(values.clip(lower=1e-12), range(len(table)), 'o', ms=4, color=_colors['hard'])
         ax.set(xscale='log' if (values > 0).all() else 'linear', yticks=range(len(table)), yticklabels=table.index, xlabel=label, ylim=(-.5, len(table) - .5))
         ax.grid(axis='y', lw=.3)
-        ax.tick_params(labelsize=7)
-        ax.xaxis.label.set_size(8)
     move.set_yticklabels([])
-    pull.set_title('Before clipping', size=9), move.set_title('The update', size=9)
+    pull.set_title('Gradient'), move.set_title('Change of weights')
     return figure
 
+@matplotlib.rc_context({'font.size': 7, 'axes.titlesize': 8, 'axes.labelsize': 7})
 def draw_run(
     history: pd.DataFrame,    # step, loss, hard, soft, hidden_1, .., unweighted
     record: StepRecord,       # the newest; None before the first update
     distiller,                # whose mapping it is
 ) -> Picture:
     "Loss parts so far, the newest contributions, and who learns from whom with the layer that is matched worst"
-    figure = Picture(figsize=(7.4, 2.7))
-    curves, heat, arrows = figure.subplots(1, 3, width_ratios=[1.2, 1.6, .9])
+    figure = Picture(figsize=(7.4 if record is not None and record.shares is not None else 4.4, 2.7))
+    shares = record is not None and record.shares is not None
+    curves, *heat, arrows = figure.subplots(1, 2 + shares, width_ratios=[1.2, *[1.6]*shares, .9])
     if len(history):
         terms = _weighted(history, record.weights)
         for part in terms.columns[1:]:
             m = int(part[7:]) if part.startswith('hidden_') else 0
             curves.plot(terms.step, terms[part], color=_colors[part.split('_')[0]], ls=_dashes[(m - 1) % 4] if m else '-', lw=1.8 if part == 'loss' else 1.1, marker='o', ms=2 if len(terms) < 40 else 0,
                         label=part if part == 'loss' else f"{record.weights[part]:.4g} · {part.replace('_', ' ')}")
-        curves.legend(fontsize=6, frameon=False, ncols=2, loc='upper center', bbox_to_anchor=(.5, -.2))
+        curves.legend(frameon=False, ncols=2, loc='upper center', bbox_to_anchor=(.5, -.18))
         curves.set(yscale='log' if (terms.iloc[:, 1:] > 0).all(axis=None) else 'linear')
     curves.set(xlabel='update', ylabel='term of the loss')
-    curves.set_title('Loss and its terms', size=9)
-    curves.tick_params(labelsize=7)
-    _shares_on(record, heat)
+    curves.set_title('Loss and its terms')
+    if shares: _shares_on(record, heat[0])
     mapping = distiller.mapping
-    plot_mapping(mapping_edges(mapping), arrows)
-    if record is not None and record.hardest:
-        y = record.hardest*mapping.T/mapping.M
-        arrows.plot(2, y, 'o', ms=17, mfc='none', mec=_colors['hidden'], mew=1.5)
-        arrows.annotate(f"largest hidden\nloss, {record.parts[f'hidden_{record.hardest}']:.3g}", (2, y), (0, -14), textcoords='offset points', ha='center', va='top', size=6, color=_colors['hidden'])
+    worst = None if record is None else record.hardest
+    plot_mapping(mapping_edges(mapping), arrows, f"Matched worst:\nstudent {worst}, {record.parts[f'hidden_{worst}']:.3g}" if worst else None)
+    arrows.title.set_size(8)
+    if worst: arrows.plot(2, worst*mapping.T/mapping.M, 'o', ms=17, mfc='none', mec=_colors['hidden'], mew=1.5)
     return figure
 
-# %% ../nbs/11_widgets.ipynb #4a49ac4c
+# %% ../nbs/11_widgets.ipynb #9863c55f
 _style = '''<style>
 .lad-nb {font-size: 12px; line-height: 1.35; color: var(--jp-content-font-color1, currentColor)}
 .lad-nb .widget-html-content, .lad-nb .jp-RenderedHTMLCommon {line-height: 1.35; overflow: hidden}
@@ -602,6 +602,13 @@ def _ticks(low, high):
     inside = lambda xs: [x for x in xs if low <= x <= high]
     return inside(tens) if len(inside(tens)) >= 3 else inside([t*m for t in tens for m in (1, 2, 5)])
 
+def _apart(wanted, gap, first, last):
+    "Heights near those that are wanted, at least `gap` apart, from first on; to last, if there is room"
+    out, place = {}, first - gap
+    for i in sorted(range(len(wanted)), key=wanted.__getitem__): out[i] = place = max(wanted[i], place + gap)
+    for i in sorted(out, key=out.get, reverse=True): out[i], last = min(out[i], last), min(out[i], last) - gap
+    return [out[i] for i in range(len(wanted))]
+
 def _curves_html(history, columns, weights, width=380, height=190, most=240):
     "Terms of the loss over updates, on a log axis, as SVG"
     if not history: return ''
@@ -615,12 +622,11 @@ def _curves_html(history, columns, weights, width=380, height=190, most=240):
     y = lambda v: bottom - np.log(np.clip(v, low, None)/low)/np.log(high/low)*(bottom - top)
     out = [f'<line x1="{left}" x2="{right}" y1="{y(t):.1f}" y2="{y(t):.1f}" stroke="currentColor" stroke-opacity=".2"/><text x="{left - 4}" y="{y(t) + 3:.1f}" text-anchor="end">{t:g}</text>' for t in _ticks(low, high)]
     out += [f'<text x="{left}" y="{height - 6}">{rows[0, 0]:g}</text><text x="{right}" y="{height - 6}" text-anchor="end">{rows[-1, 0]:g}</text><text x="{(left + right)/2}" y="{height - 6}" text-anchor="middle">update</text>']
-    place = bottom + 12
-    for name, v in sorted(terms.items(), key=lambda item: item[1][-1]):
+    places = _apart([y(v[-1]) + 3 for v in terms.values()], 11, top + 6, bottom + 4)
+    for (name, v), place in zip(terms.items(), places):
         m = int(name[7:]) if name.startswith('hidden_') else 0
         color, dash = 'currentColor' if name == 'loss' else _colors[name.split('_')[0]], ['', '6 3', '2 2', '7 2 2 2'][(m - 1) % 4] if m else ''
         points = ' '.join(f'{a:.1f},{b:.1f}' for a, b in zip(x(rows[:, 0]), y(v)))
-        place = min(place - 11, y(v[-1]) + 3)
         shape = f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="{2 if name == "loss" else 1.4}" stroke-dasharray="{dash}"/>' if len(rows) > 1 else f'<circle cx="{left}" cy="{y(v[-1]):.1f}" r="3" fill="{color}"/>'
         out.append(f'{shape}<line x1="{right + 3}" x2="{right + 15}" y1="{place - 3:.1f}" y2="{place - 3:.1f}" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/><text x="{right + 18}" y="{place:.1f}">{name.replace("_", " ")}</text>')
     return f'<b>Loss and its terms (log scale)</b><svg viewBox="0 0 {width} {height}" width="{width}">{"".join(out)}</svg>'
@@ -643,7 +649,7 @@ def _mapping_html(mapping, parts=None, hardest=None):
         if len(indices): out.append(f'<text x="{place[kind]}" y="{height - 3}" text-anchor="middle">{dict(layer="teacher", gate="gates", student="student")[kind]}</text>')
     for p in mapping.pairs:
         if parts: out.append(f'<text x="{place["student"] + 14}" y="{y("student", p.student) + 3.5:.1f}" style="{"font-weight:bold" if p.student == hardest else ""}">{parts[f"hidden_{p.student}"]:.3g}{" ◂ worst" if p.student == hardest else ""}</text>')
-    return f'<b>{html.escape(mapping.name)}: hidden loss of each pair{", on [CLS]" if mapping.on == "cls" else ""}</b><svg viewBox="0 0 270 {height}" width="270">{"".join(out)}</svg>'
+    return f'<b>{html.escape(mapping.name)}: hidden loss of each pair{", on [CLS]" if mapping.on == "cls" else ""}</b><svg viewBox="0 0 290 {height}" width="290">{"".join(out)}</svg>'
 
 def _pages(record):
     "All that a record can show, as HTML"
