@@ -539,17 +539,17 @@ def draw_run(
     if worst: arrows.plot(2, worst*mapping.T/mapping.M, 'o', ms=17, mfc='none', mec=_colors['hidden'], mew=1.5)
     return figure
 
-# %% ../nbs/11_widgets.ipynb #9863c55f
+# %% ../nbs/11_widgets.ipynb #c35a9be3
 _style = '''<style>
 .lad-nb {font-size: 12px; line-height: 1.35; color: var(--jp-content-font-color1, currentColor)}
-.lad-nb .widget-html-content, .lad-nb .jp-RenderedHTMLCommon {line-height: 1.35; overflow: hidden}
+.lad-nb .widget-html-content {line-height: 1.35; overflow: auto hidden}
 .lad-nb .lad-cards {display: flex; flex-wrap: wrap; gap: 10px 26px; align-items: flex-start}
 .lad-nb .lad-card {max-width: 100%; overflow-x: auto}
 .lad-nb .lad-card > b {display: block; margin-bottom: 4px}
 .lad-nb table {border-collapse: collapse; margin: 0; font-size: 12px; color: inherit}
-.lad-nb td, .lad-nb th {padding: 2px 6px; text-align: right; border: none; background: none; font-variant-numeric: tabular-nums; white-space: nowrap; font-weight: normal; color: inherit}
+.lad-nb td, .lad-nb th {padding: 2px 5px; text-align: right; border: none; background: none; font-variant-numeric: tabular-nums; white-space: nowrap; font-weight: normal; color: inherit}
 .lad-nb th {opacity: .75}
-.lad-nb td.text, .lad-nb th.text {text-align: left; white-space: normal; min-width: 170px; max-width: 560px}
+.lad-nb td.text, .lad-nb th.text {text-align: left; white-space: normal; min-width: 110px; max-width: 560px}
 .lad-nb svg {max-width: 100%; height: auto; display: block}
 .lad-nb svg text {fill: currentColor; font-size: 10px}
 .lad-nb .lad-step, .lad-nb .lad-loss {font-weight: bold; font-variant-numeric: tabular-nums}
@@ -570,11 +570,11 @@ def _heat_html(record):
     "Shares as a heat map; darker is more"
     kind, T = record.shares.columns[0], record.mapping.T
     reads = {p.source.k: p.student for p in record.mapping.pairs if hasattr(p.source, 'k')} if kind == 'gate' else {}
-    rows = [[f'{kind} {k}' + (f' → student {reads[k]}' if k in reads else ''), *((f'background:{_tint(_colors["hidden"], .72*s)};min-width:26px', f'{s:.2f}' if s else '') for s in row),
-             *([f'{record.openness[k][0]:.2f} ± {record.openness[k][1]:.2f}' if k in record.openness else ''] if record.openness else [])]
+    rows = [[f'{kind} {k}' + (f' → student {reads[k]}' if k in reads else ''), *((f'background:{_tint(_colors["hidden"], .72*s)};min-width:24px', f'{s:.2f}' if s else '') for s in row),
+             *([f'<span title="standard deviation {record.openness[k][1]:.2f}">{record.openness[k][0]:.2f}</span>' if k in record.openness else ''] if record.openness else [])]
             for k, row in sorted(((k, g.tolist()) for k, g in record.shares.groupby(kind).share), reverse=True)]
     what = 'What each gate took from each teacher layer' if kind == 'gate' else 'What each student layer attended to'
-    return f'<b>{what}, update {record.step}</b>' + _table(['', *range(1, T + 1), *(['openness z'] if record.openness else [])], rows)
+    return f'<b>{what}, update {record.step}</b>' + _table(['', *range(1, T + 1), *(['open'] if record.openness else [])], rows)
 
 def _groups_html(record):
     "Gradient and movement, layer by layer"

@@ -119,7 +119,10 @@ def test_a_forgotten_stepper_goes_away(experiments, recipe):
     assert done.returncode == 0 and 'leaving running' in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize('method', ['lad', 'lad_no', 'partial_lad', 'bert_pkd', 'alp_kd', 'alp_kd_hidden', 'kd'])
+SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ('lad_no', 'partial_lad', 'bert_pkd', 'alp_kd')]
+
+
+@pytest.mark.parametrize('method', ['lad', 'alp_kd_hidden', 'kd', *SLOW])
 def test_records_of_every_kind(experiments, recipe, method):
     """Loss parts are the log's; shares sum to 1; what trains has a gradient and moves."""
     with Stepper(recipe.replace(experiment=method, method=method, log_step=1, total_step=3, warmup_step=0), experiments) as stepper:
