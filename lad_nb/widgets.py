@@ -338,7 +338,7 @@ def _interrupts(ask):
     try: yield
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/11_widgets.ipynb #6d19ceac
+# %% ../nbs/11_widgets.ipynb #5e4552bf
 _held = weakref.WeakValueDictionary() # run folder -> the Stepper that holds it
 
 class Stepper:
@@ -354,7 +354,7 @@ class Stepper:
         self.folder, self.trainer = folder, run if isinstance(run, DistilTrainer) else make_trainer(run, root, progress=False)
         if self.trainer.args.world_size > 1: raise ValueError(f"A Stepper holds one process, and this training has {self.trainer.args.world_size}. Take LiveView, or read the run folder.")
         self._hold = hold = _Hold()
-        self.interrupted, self._reader = False, Reader(pace=(pace := Pace(.03)))
+        self.interrupted, self._reader = False, Reader(pace=(pace := Pace(.02)))
         self._reader.wanted = functools.partial(_wanted, hold, pace)
         self.trainer.callback_handler.callbacks[:0] = [hold, self._reader] # first: gradients are read before they are clipped
         self.trainer.add_callback(_Told(hold))
@@ -418,9 +418,11 @@ class Stepper:
             hold.target, hold.held = float('inf') if n is None else begun + n, False
             hold.turn.notify_all()
 
-    def pause(self):
+    def pause(self,
+        after: int=0, # so many updates more, the last of which is read in full
+    ):
         "Hold after the update in flight, without waiting for it"
-        self._hold.target = 0
+        self._hold.target = self.done + 1 + after if after and self.state == 'running' else 0
 
     def stop(self,
         wait: bool=True, # until the checkpoint is there
@@ -539,7 +541,7 @@ def draw_run(
     if worst: arrows.plot(2, worst*mapping.T/mapping.M, 'o', ms=17, mfc='none', mec=_colors['hidden'], mew=1.5)
     return figure
 
-# %% ../nbs/11_widgets.ipynb #c35a9be3
+# %% ../nbs/11_widgets.ipynb #d3ebd526
 _style = '''<style>
 .lad-nb {font-size: 12px; line-height: 1.35; color: var(--jp-content-font-color1, currentColor)}
 .lad-nb .widget-html-content {line-height: 1.35; overflow: auto hidden}
@@ -549,7 +551,7 @@ _style = '''<style>
 .lad-nb table {border-collapse: collapse; margin: 0; font-size: 12px; color: inherit}
 .lad-nb td, .lad-nb th {padding: 2px 5px; text-align: right; border: none; background: none; font-variant-numeric: tabular-nums; white-space: nowrap; font-weight: normal; color: inherit}
 .lad-nb th {opacity: .75}
-.lad-nb td.text, .lad-nb th.text {text-align: left; white-space: normal; min-width: 110px; max-width: 560px}
+.lad-nb td.text, .lad-nb th.text {text-align: left; white-space: normal; min-width: 110px; max-width: 300px}
 .lad-nb svg {max-width: 100%; height: auto; display: block}
 .lad-nb svg text {fill: currentColor; font-size: 10px}
 .lad-nb .lad-step, .lad-nb .lad-loss {font-weight: bold; font-variant-numeric: tabular-nums}
@@ -570,11 +572,11 @@ def _heat_html(record):
     "Shares as a heat map; darker is more"
     kind, T = record.shares.columns[0], record.mapping.T
     reads = {p.source.k: p.student for p in record.mapping.pairs if hasattr(p.source, 'k')} if kind == 'gate' else {}
-    rows = [[f'{kind} {k}' + (f' → student {reads[k]}' if k in reads else ''), *((f'background:{_tint(_colors["hidden"], .72*s)};min-width:24px', f'{s:.2f}' if s else '') for s in row),
+    rows = [[f'{k} → student {reads[k]}' if k in reads else k, *((f'background:{_tint(_colors["hidden"], .72*s)};min-width:24px', f'{s:.2f}' if s else '') for s in row),
              *([f'<span title="standard deviation {record.openness[k][1]:.2f}">{record.openness[k][0]:.2f}</span>' if k in record.openness else ''] if record.openness else [])]
             for k, row in sorted(((k, g.tolist()) for k, g in record.shares.groupby(kind).share), reverse=True)]
     what = 'What each gate took from each teacher layer' if kind == 'gate' else 'What each student layer attended to'
-    return f'<b>{what}, update {record.step}</b>' + _table(['', *range(1, T + 1), *(['open'] if record.openness else [])], rows)
+    return f'<b>{what}, update {record.step}</b>' + _table([kind, *range(1, T + 1), *(['open'] if record.openness else [])], rows)
 
 def _groups_html(record):
     "Gradient and movement, layer by layer"
@@ -656,16 +658,16 @@ def _pages(record):
     return dict(numbers=_numbers_html(record), mapping=_mapping_html(record.mapping, record.parts, record.hardest), heat=_heat_html(record) if record.shares is not None else '',
                 groups=_groups_html(record) if record.full else '', examples=_examples_html(record))
 
-# %% ../nbs/11_widgets.ipynb #97a39b7b
+# %% ../nbs/11_widgets.ipynb #8088f539
 class Panel:
     "Buttons and pictures on a `Stepper`"
     def __init__(self, stepper: Stepper):
-        W, self.stepper, self.pace, self.full, self._turn = ipywidgets, stepper, Pace(.03, .25), None, threading.RLock()
+        W, self.stepper, self.pace, self.full, self._turn = ipywidgets, stepper, Pace(.02, .25), None, threading.RLock()
         self.n = W.BoundedIntText(10, min=1, max=max(1, stepper.total), layout=W.Layout(width='70px'))
         looks = dict(step=('Step', 'step-forward', 'take one update'), steps=('Step n', 'fast-forward', 'take as many updates as the box says'), run=('Run', 'play', 'take updates until Pause or the end'),
-                     pause=('Pause', 'pause', 'hold after the update in flight'), stop=('Stop', 'stop', 'save a checkpoint and end; resume=True goes on from it'))
+                     pause=('Pause', 'pause', 'hold after one more update, which is read in full'), stop=('Stop', 'stop', 'save a checkpoint and end; resume=True goes on from it'))
         self.buttons = {name: W.Button(description=text, icon=icon, tooltip=tip, layout=W.Layout(width='88px')) for name, (text, icon, tip) in looks.items()}
-        does = dict(step=lambda: stepper.start(1), steps=lambda: stepper.start(self.n.value), run=stepper.start, pause=stepper.pause, stop=lambda: stepper.stop(wait=False))
+        does = dict(step=lambda: stepper.start(1), steps=lambda: stepper.start(self.n.value), run=stepper.start, pause=lambda: stepper.pause(after=1), stop=lambda: stepper.stop(wait=False))
         for name, button in self.buttons.items(): button.on_click(functools.partial(self._press, does[name]))
         self.places = {name: W.HTML(layout=W.Layout(margin='0 18px 8px 0', max_width='100%')) for name in ('status', 'curves', 'numbers', 'mapping', 'heat', 'groups', 'examples')}
         wrap = W.Layout(display='flex', flex_flow='row wrap', align_items='flex-start', width='100%', overflow='hidden')

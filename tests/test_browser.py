@@ -95,7 +95,7 @@ def opened(chromium, lab, name, said):
     page = chromium.new_page(viewport=dict(width=1280, height=900))
     page.on('console', lambda m: said.append(m.text) if m.type == 'error' else None)
     page.on('pageerror', lambda e: said.append(f'pageerror: {e}'))
-    page.goto(f'{lab[1]}/lab/tree/{name}?token={TOKEN}')
+    page.goto(f'{lab[1]}/lab/tree/{name}?token={TOKEN}&reset')  # and no other notebook beside it
     page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=90_000)
     page.get_by_text('| Idle').wait_for(timeout=90_000)  # the kernel is there
     page.get_by_role('menuitem', name='Run', exact=True).first.click()
@@ -175,14 +175,14 @@ for callback in (free._reader, free.trainer.callback_handler.callbacks[-1]): fre
 panel = watched.panel()
 panel
 %%
-def timed(stepper, n=20):
-    start = time.perf_counter()
+def timed(stepper, n=20): # seconds of the clock, and of this process' work: other processes disturb the first
+    start = time.perf_counter(), time.process_time()
     stepper.step(n)
-    return time.perf_counter() - start
-watched.step(4), free.start(4), free._rest()
-pairs = [(timed(watched), timed(free)) for _ in range(8)]
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+watched.step(4), free.step(4)
+times = np.array([(timed(watched), timed(free)) for _ in range(8)]) # pairs, watched and free, clock and work
 free.stop()
-print('overhead', [round(float(x), 4) for x in np.divide(*np.array(pairs).T) - 1])
+print('overhead', *(times[:, 0].sum(0)/times[:, 1].sum(0) - 1).round(4), (times[:, 0, 1]/times[:, 1, 1] - 1).round(3).tolist())
 %%
 live, start = LiveView(every=10), time.perf_counter()
 run(recipe.replace(experiment='live', total_step=120, warmup_step=10), root, progress=False, callbacks=[live])
@@ -199,11 +199,11 @@ def test_five_hundred_steps_through_the_panel(lab, chromium, tmp_path, experimen
     said = []
     page = opened(chromium, lab, 'many.ipynb', said)
     text = ' '.join(page.locator('.jp-OutputArea-output').all_inner_texts())
-    overhead = sorted(map(float, re.search(r'overhead \[(.*?)\]', text)[1].split(',')))
+    clock, work, pairs = re.search(r'overhead (\S+) (\S+) (\[.*?\])', text).groups()
     live, drawn = float(re.search(r'live ([\d.]+) (\d+)', text)[1]), int(re.search(r'live ([\d.]+) (\d+)', text)[2])
     session = page.context.new_cdp_session(page)
     session.send('Performance.enable')
-    kernels = [p for p in map(Path, ('/proc',)) if p.exists()] and [p for p in Path('/proc').glob('[0-9]*') if (p/'cmdline').exists() and b'ipykernel_launcher' in (p/'cmdline').read_bytes() and str(lab[0]).encode() in (p/'environ').read_bytes()]
+    kernels = [p for p in Path('/proc').glob('[0-9]*') if (p/'cmdline').exists() and b'ipykernel_launcher' in (p/'cmdline').read_bytes() and str(lab[0]).encode() in (p/'environ').read_bytes()]
     def memory():
         session.send('HeapProfiler.collectGarbage')
         m = {x['name']: x['value'] for x in session.send('Performance.getMetrics')['metrics']}
@@ -217,8 +217,8 @@ def test_five_hundred_steps_through_the_panel(lab, chromium, tmp_path, experimen
         seen.append((bench.step(), *memory()))
     bench.press('Pause')
     bench.until(lambda: bench.state() == 'held')
-    print(f'\noverhead {overhead}\nlive {live}, drawn {drawn}\nstep, page MB, page nodes, kernel MB: {seen}')
-    assert overhead[len(overhead)//2] < .1
+    print(f'\noverhead {clock} (clock), {work} (work), {pairs}\nlive {live}, drawn {drawn}\nstep, page MB, page nodes, kernel MB: {seen}')
+    assert float(work) < .1
     assert live < .02 and drawn >= 3
     assert seen[-1][1] < seen[0][1] + 5 and seen[-1][2] < seen[0][2] + 500, seen   # page
     assert seen[-1][3] < seen[0][3] + 60, seen                                     # kernel
