@@ -6,7 +6,7 @@
 __all__ = ['StepRecord', 'weight_groups', 'Pace', 'Reader', 'Stepper', 'Picture', 'draw_record', 'draw_run', 'Panel', 'panel',
            'LiveView']
 
-# %% ../nbs/11_widgets.ipynb #39af8709
+# %% ../nbs/11_widgets.ipynb #60bc8d97
 import contextlib, functools, html, io, random, signal, threading, time, warnings, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
 
 from .mappings import Mapping, mapping_edges
@@ -23,7 +24,7 @@ from .plots import plot_contributions, plot_mapping
 from .recipes import Recipe, make_trainer
 from .training import DistilTrainer, LossParts, check_new, checkpoints, experiment_folder, train
 
-# %% ../nbs/11_widgets.ipynb #8ba95d6c
+# %% ../nbs/11_widgets.ipynb #24ede134
 @dataclass(repr=False)
 class StepRecord:
     "What one update did. All of it was read from the pass that trained, so the student's logits are those with dropout"
@@ -84,7 +85,7 @@ class StepRecord:
 
     def __str__(self): return _text(self)
     __repr__ = __str__
-    def _repr_html_(self): return f'{_style}<div class="lad-nb">{_cards(*_pages(self).values())}</div>'
+    def _repr_html_(self): return f'{_style}<div class="lad-nb">{_cards(*(page for name, page in _pages(self).items() if name != "mapping"))}</div>' # tables, which show anywhere
 
 def _tidy(kind, rows):
     "{row: T shares} as a tidy table"
@@ -466,7 +467,7 @@ def _wanted(hold, pace, step):
     if step >= min(hold.target, hold.total): return 'weights'
     return 'weights' if hold.listeners and pace.free() else 'parts'
 
-# %% ../nbs/11_widgets.ipynb #8ef30569
+# %% ../nbs/11_widgets.ipynb #a21493da
 class Picture(Figure):
     "A figure that shows itself in a notebook and saves as any other; pyplot never hears of it"
     def __init__(self, *args, **kwargs):
@@ -532,6 +533,7 @@ def draw_run(
         curves.legend(frameon=False, ncols=2, loc='upper center', bbox_to_anchor=(.5, -.18))
         curves.set(yscale='log' if (terms.iloc[:, 1:] > 0).all(axis=None) else 'linear')
     curves.set(xlabel='update', ylabel='term of the loss')
+    curves.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
     curves.set_title('Loss and its terms')
     if shares: _shares_on(record, heat[0])
     mapping = distiller.mapping
