@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict', 'score', 'evaluate', 'run_setting', 'score_checkpoints', 'best_checkpoint', 'write_predictions', 'costs']
 
-# %% ../nbs/07_evaluation.ipynb #e1848c87
+# %% ../nbs/07_evaluation.ipynb #eb05ee46
 import json, statistics, tempfile, time
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .data import collator, encode, get_task, load_task, load_tokenizer, splits
 from .students import load_classifier
-from .training import checkpoints, find_checkpoint, pick_device, write_text
+from .durable import write_text
+from .training import checkpoints, find_checkpoint, pick_device
 
 # %% ../nbs/07_evaluation.ipynb #5abfa9ee
 def predict(

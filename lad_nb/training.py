@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DistilArguments', 'training_arguments', 'check_settings', 'pick_device', 'pick_precision', 'LengthGroups',
            'check_cache', 'linear_schedule', 'DistilTrainer', 'save_gates', 'load_gates', 'LossParts', 'ClipBlocks',
-           'JsonLines', 'Bar', 'write_text', 'read_log', 'experiment_folder', 'checkpoints', 'find_checkpoint',
+           'JsonLines', 'Bar', 'read_log', 'experiment_folder', 'checkpoints', 'find_checkpoint', 'sound_checkpoint',
            'check_new', 'check_same', 'versions', 'train']
 
-# %% ../nbs/06_training.ipynb #c3b78103
-import json, os, platform, re, warnings
+# %% ../nbs/06_training.ipynb #d5c4044b
+import errno, json, os, platform, re, shutil, sys, warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import rotate_checkpoints
 
 from .cache import TeacherCache
 from .data import collator
+from .durable import damage, settle_folder, write_text
 from .distiller import Distiller, DistilOutput, Objective
 from .students import quiet
 
@@ -187,7 +188,7 @@ def linear_schedule(
     if step < warmup_step: return step/warmup_step
     return max(0., (total_step - step)/max(1, total_step - warmup_step))
 
-# %% ../nbs/06_training.ipynb #44899593
+# %% ../nbs/06_training.ipynb #fcea30e8
 class DistilTrainer(Trainer):
     "Trains a `Distiller`"
     def __init__(self,
@@ -198,6 +199,7 @@ class DistilTrainer(Trainer):
         callbacks=(),          # more of them
         cache: TeacherCache=None, # what the teacher says of these rows; without it, it is asked in every update
     ):
+        self._aside = None
         self.rows_per_update = args.per_device_train_batch_size*args.gradient_accumulation_steps*args.world_size
         if len(train_dataset) < self.rows_per_update: raise ValueError(f"batch_size is {self.rows_per_update}, but there are only {len(train_dataset)} training rows.")
         collate = collator(tokenizer, args.padding, args.max_seq_len)
@@ -277,6 +279,28 @@ class DistilTrainer(Trainer):
         self.processing_class.save_pretrained(folder)
         save_gates(self.model.objective, folder)
 
+    def _get_output_dir(self, trial): return str(self._aside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial):
+        "A checkpoint that is whole or not there: written aside, sealed, renamed"
+        folder, name = Path(self.args.output_dir), f'checkpoint-{self.state.global_step}'
+        self._aside = folder/'.writing'
+        if self.args.should_save: shutil.rmtree(self._aside, ignore_errors=True) # of a run that died while it wrote
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save: settle_folder(self._aside/name, folder/name)
+        except Exception as e: # of a full disk, safetensors and torch each raise their own kind
+            shutil.rmtree(self._aside, ignore_errors=True)
+            needed = 12*sum(p.numel() for p in self.model.parameters()) # weights and two moments
+            raise OSError(getattr(e, 'errno', None) or errno.EIO, f"{folder/name} could not be written: {e}. About {needed:,} bytes were needed, {shutil.disk_usage(folder).free:,} are free. "
+                          "Earlier checkpoints are whole; when there is room, the same run goes on from the last one (resume=True, --resume)") from e
+        finally: self._aside = None
+        if self.args.should_save:
+            (folder/'.writing').rmdir()
+            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         "Student, gates and half-summed losses of a checkpoint"
         folder, distiller = Path(resume_from_checkpoint), model or self.model
@@ -350,17 +374,7 @@ class Bar(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and 'loss' in (logs or {}): self.training_bar.set_postfix(loss=f"{logs['loss']:.3g}")
 
-# %% ../nbs/06_training.ipynb #54cf8a30
-def write_text(
-    path: str, # of the file
-    text: str, # all of it
-):
-    "Write a file whole or not at all"
-    path = Path(path)
-    part = path.with_name(path.name + '.part')
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, path)
-
+# %% ../nbs/06_training.ipynb #8ab2f7b1
 def read_log(
     path: str, # log.jsonl, or the run folder that holds it
 ) -> list:     # of dicts, one per line
@@ -374,7 +388,7 @@ def read_log(
             if i + 1 < len(lines): raise ValueError(f"{path}, line {i + 1}: not JSON.") from None
     return out
 
-# %% ../nbs/06_training.ipynb #0946ac4f
+# %% ../nbs/06_training.ipynb #b0fd91ce
 def experiment_folder(
     experiment: str,         # its name
     task: str,               # the task's name
@@ -407,6 +421,18 @@ def find_checkpoint(
     if step is None: return found[max(found)]
     if step not in found: raise FileNotFoundError(f"{folder} has no checkpoint {step}. There are: {', '.join(map(str, found))}.")
     return found[step]
+
+def sound_checkpoint(
+    folder: str, # a run folder
+) -> Path:       # its last checkpoint that is what was written; None if there is none
+    "Where a run goes on. Damaged checkpoints are named on stderr and set aside as checkpoint-N.damaged"
+    found = {int(p.name.rpartition('-')[2]): p for p in Path(folder).glob('checkpoint-*') if p.name.rpartition('-')[2].isdigit()} # those that lost their state as well
+    for _, path in sorted(found.items(), reverse=True):
+        if (what := damage(path)) is None: return path
+        aside = path.with_name(path.name + '.damaged')
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        print(f'{path} is damaged: {what}. It is set aside as {aside.name}; going on from the checkpoint before.', file=sys.stderr)
 
 def check_new(
     folder: str,        # a run folder
@@ -445,10 +471,20 @@ def train(
     if trainer.is_world_process_zero(): # another process may come later than what this one writes
         check_new(folder, resume)
         if resume: check_same(folder, description or {})
-    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+        if resume: sound_checkpoint(folder) # sets damaged ones aside
+    trainer.accelerator.wait_for_everyone()
+    last = max(checkpoints(folder).items(), default=(0, None))[1] if resume else None
     folder.mkdir(parents=True, exist_ok=True)
     if trainer.is_world_process_zero() and not (folder/'recipe.json').exists(): write_text(folder/'recipe.json', json.dumps((description or {}) | dict(versions=versions()), indent=1) + '\n')
-    if last and int(Path(last).name.rpartition('-')[2]) >= trainer.args.max_steps: trainer._load_from_checkpoint(last) # it was done: Trainer would take one step more
-    else: trainer.train(resume_from_checkpoint=last)
-    trainer.save_model(str(folder))
+    if last and int(last.name.rpartition('-')[2]) >= trainer.args.max_steps: trainer._load_from_checkpoint(str(last)) # it was done: Trainer would take one step more
+    else: trainer.train(resume_from_checkpoint=last and str(last))
+    _save_final(trainer, folder)
     return folder
+
+def _save_final(trainer, folder):
+    "The final student in the run folder: each file whole or not there, the weights last"
+    aside = folder/'.final'
+    trainer.save_model(str(aside))
+    if not trainer.is_world_process_zero(): return
+    for path in sorted(aside.iterdir(), key=lambda p: p.name == 'model.safetensors'): os.replace(path, folder/path.name)
+    aside.rmdir()
