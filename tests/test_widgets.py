@@ -13,6 +13,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from lad_nb.recipes import make_trainer, run
 from lad_nb.training import checkpoints, find_checkpoint, read_log
@@ -73,12 +74,16 @@ def test_two_runs_side_by_side(experiments, recipe, whole):
 
 
 def test_an_interrupt_holds_at_a_boundary(experiments, recipe, whole, capsys):
-    stepper = Stepper(recipe, experiments)
-    threading.Timer(.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 2: os.kill(os.getpid(), signal.SIGINT) # in the middle of the third update
+
+    before, stepper = signal.getsignal(signal.SIGINT), Stepper(recipe, experiments)
+    stepper.trainer.add_callback(Interrupt())
     record = stepper.run_until()
-    assert stepper.interrupted and stepper.state == 'held' and 0 < record.step == stepper.done < 7
+    assert stepper.interrupted and stepper.state == 'held' and 3 <= record.step == stepper.done < 7
     assert f'held after update {stepper.done} of 7' in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     stepper.run_until()
     assert same_bytes(whole, stepper.folder)
 
