@@ -45,6 +45,7 @@ def test_two_processes_are_one(experiments, lad, cached):
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared(experiments, lad):
     done = in_processes(2, lad.replace(experiment='odd', batch_size=15), experiments)
     assert done.returncode and 'batch_size 15 is not divisible by accum_step 1 times 2 processes' in done.stderr

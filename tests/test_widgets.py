@@ -66,6 +66,7 @@ def test_stopped_and_resumed(experiments, recipe, whole, stop):
     assert same_bytes(whole, again.folder)
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(experiments, recipe, whole):
     """They share torch's random numbers, and neither notices the other."""
     one, two = (Stepper(recipe.replace(experiment=n), experiments) for n in ('left', 'right'))
@@ -185,6 +186,7 @@ stepper = Stepper(recipe_from_dict({recipe!r}), {root!r}, resume=True)
 '''
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_interrupted_and_restarted(experiments, recipe, whole):
     """As in Jupyter: a cell is interrupted, answers again, the kernel is killed in the middle of a run, and a new one goes on."""
     from jupyter_client.manager import start_new_kernel
