@@ -32,21 +32,21 @@ FEW = dict(task='toy', max_seq_len=32, batch_size=16, total_step=4, warmup_step=
 
 @pytest.fixture(scope='session')
 def experiments(tmp_path_factory):
-    """A folder of experiments with one teacher in it, fine-tuned on the toy task for four updates."""
-    from lad_nb.data import SMALL
+    """A folder of experiments with one teacher in it: a tiny BERT of random weights, fine-tuned on the toy task for four updates."""
     from lad_nb.recipes import rte, run
+    from lad_nb.students import random_bert
     root = tmp_path_factory.mktemp('experiments')
-    run(rte['fine_tune'].replace(experiment='teacher', ptrain_ver=SMALL, lr=5e-5, **FEW), root, progress=False)
+    run(rte['fine_tune'].replace(experiment='teacher', ptrain_ver=str(random_bert(root/'encoder')), lr=5e-5, **FEW), root, progress=False)
     return root
 
 
 @pytest.fixture(autouse=True)
 def no_runs_left_behind(request):
-    """A run folder is half a gigabyte: after a test only the teacher and the run that others are compared with stay."""
+    """After a test only the encoder, the teacher and the run that others are compared with stay."""
     yield
     if 'experiments' in request.fixturenames:
         for folder in request.getfixturevalue('experiments').iterdir():
-            if not folder.name.startswith(('teacher_', 'whole_')): shutil.rmtree(folder)
+            if not folder.name.startswith(('encoder', 'teacher_', 'whole_')): shutil.rmtree(folder)
 
 
 @pytest.fixture

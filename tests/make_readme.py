@@ -12,6 +12,7 @@ def readme():
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
     nb.metadata['language_info'] = {'name': 'python'}   # for the colours of code blocks
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide', c.source)]
+    nb.cells = [nbformat.v4.new_markdown_cell('\n'.join(o.data.get('text/markdown', '') for o in c.outputs)) if re.match(r'#\|\s*echo: false', c.source) else c for c in nb.cells]
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if 'image/png' not in o.get('data', {}) and o.get('name') != 'stderr']
     text, _ = MarkdownExporter().from_notebook_node(nb)
