@@ -12,10 +12,12 @@ __all__ = ['tasks', 'NAMES', 'KINDS', 'OPPOSITES', 'DEEDS', 'ACTIONS', 'THINGS',
 import contextlib, importlib.util, os, random, warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import datasets
 from datasets import ClassLabel, Dataset, Features, Value
+from datasets.fingerprint import Hasher
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoTokenizer, DataCollatorWithPadding
@@ -239,10 +241,13 @@ def toy_examples(n, seed=0):
 
 _toy_sizes = dict(train=3000, dev=1000, test=1000)
 
+@cache
+def _toy_draw(): return toy_examples(sum(_toy_sizes.values()), seed=0)
+
 def _toy_split(split):
     "One of three disjoint slices of the same draw"
     start = sum(n for s, n in _toy_sizes.items() if list(_toy_sizes).index(s) < list(_toy_sizes).index(split))
-    examples = toy_examples(sum(_toy_sizes.values()), seed=0)[start:start + _toy_sizes[split]]
+    examples = _toy_draw()[start:start + _toy_sizes[split]]
     rows = [dict(sentence1=e['sentence1'], sentence2=e['sentence2'], idx=i) | ({} if split == 'test' else dict(label=_entail.index(e['label']))) for i, e in enumerate(examples)]
     names = features(tasks['toy'])
     if split == 'test': names.pop('label')
@@ -368,7 +373,8 @@ def encode(
     def tokenise(rows):
         out = tokenizer(rows['sentence1'], rows.get('sentence2'), truncation=True, max_length=max_seq_len, return_token_type_ids=True)
         return dict(out) | ({'labels': rows['label']} if 'label' in rows else {})
-    with _bars(len(data) > 20_000): return data.map(tokenise, batched=True, remove_columns=data.column_names, desc='tokenise', keep_in_memory=True)
+    name = Hasher.hash((data._fingerprint, tokenizer.name_or_path, len(tokenizer), max_seq_len)) # datasets would pickle the tokenizer for one, which takes a second
+    with _bars(len(data) > 20_000): return data.map(tokenise, batched=True, remove_columns=data.column_names, desc='tokenise', keep_in_memory=True, new_fingerprint=name)
 
 @contextlib.contextmanager
 def _bars(wanted):
