@@ -407,7 +407,7 @@ def first_metric(
     "Each task's own metric alone: MRPC's F1, say"
     return results[[get_task(t).metrics[0] == m for t, m in zip(results.task, results.metric)]]
 
-# %% ../nbs/14_study.ipynb #83756170
+# %% ../nbs/14_study.ipynb #4ac1e678
 def miniature(
     study: Study,
     seeds: int=2,   # how many of its seeds
@@ -415,7 +415,7 @@ def miniature(
     encoder: str=SMALL, # pretrained: a folder, say
 ) -> Study:
     "The same methods on the toy task, in seconds"
-    few = dict(train_size=160, max_seq_len=32, batch_size=16, total_step=updates, warmup_step=1, ckpt_step=updates, device_id=-1, ptrain_ver=str(encoder))
+    few = dict(train_size=160, max_seq_len=32, batch_size=16, total_step=updates, warmup_step=1, ckpt_step=updates, log_step=1, device_id=-1, ptrain_ver=str(encoder))
     return replace(study, name=f'mini_{study.name}', tasks=dict(toy=few), teachers=dict(toy=_teacher.replace(task='toy', **few)), seeds=study.seeds[:seeds], lrs=(), tuned_as=None, rates_of=None)
 
 def open_study(
