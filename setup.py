@@ -23,7 +23,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=['lad_nb', 'lad_nb.*']),
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'offline': cfg['offline_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'offline': cfg['offline_requirements'].split(), 'onnx': cfg['onnx_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['lad_nb=lad_nb._modidx:d']},
     zip_safe=False,
 )

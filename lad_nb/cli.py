@@ -15,7 +15,7 @@ import transformers
 
 from .analysis import gate_contributions
 from .benchmark import benchmark, benchmark_table, shapes
-from .data import SMALL, get_task
+from .data import SMALL, get_task, open_task
 from .evaluation import best_checkpoint, costs, evaluate, run_setting, score_checkpoints, write_predictions
 from .mappings import Gate
 from .plots import plot_contributions
@@ -188,6 +188,7 @@ def main(
     transformers.logging.set_verbosity_error()
     try:
         command, args = parse(sys.argv[1:] if argv is None else argv)
+        if (own := getattr(args, 'data_dir', None)) and (Path(own)/'task.json').is_file(): open_task(own) # from `data.write_task`
         _commands[command if command in _other else 'train'](command, args)
     except (ValueError, OSError) as e: # what is wrong with the input; LAD_NB_TRACEBACK=1 shows where it was found
         if os.environ.get('LAD_NB_TRACEBACK'): raise

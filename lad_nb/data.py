@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['tasks', 'NAMES', 'KINDS', 'OPPOSITES', 'DEEDS', 'ACTIONS', 'THINGS', 'PLACES', 'WHEN', 'FEW', 'MANY', 'PHENOMENA',
            'SMALL', 'Task', 'get_task', 'read_tsv', 'kinds', 'synonyms', 'negation', 'quantifiers', 'numbers', 'voice',
-           'people', 'places', 'toy_examples', 'find_data', 'features', 'splits', 'load_task', 'model_folder',
-           'load_tokenizer', 'encode', 'collator']
+           'people', 'places', 'toy_examples', 'find_data', 'features', 'splits', 'load_task', 'write_task',
+           'open_task', 'model_folder', 'load_tokenizer', 'encode', 'collator']
 
-# %% ../nbs/00_data.ipynb #8c8e61c9
-import contextlib, importlib.util, os, random, warnings
+# %% ../nbs/00_data.ipynb #f872cdda
+import contextlib, importlib.util, json, os, random, re, warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Task:
     @property
     def id2label(self) -> dict: return dict(enumerate(self.labels or ('score',)))
 
-# %% ../nbs/00_data.ipynb #3cbbefd0
+# %% ../nbs/00_data.ipynb #95036b63
 _entail, _digits = ('entailment', 'not_entailment'), ('0', '1')
 tasks = {t.name: t for t in [
     Task('rte',  'RTE',   ('sentence1', 'sentence2'), _entail),
@@ -75,7 +75,7 @@ def get_task(
     "The task of that name; `ValueError` with the names there are"
     if isinstance(task, Task): return task
     if task in tasks: return tasks[task]
-    raise ValueError(f"There is no task {task!r}. Tasks are: {', '.join(tasks)}.")
+    raise ValueError(f"There is no task {task!r}. Tasks are: {', '.join(tasks)}. One of your own is made known by write_task or open_task.")
 
 # %% ../nbs/00_data.ipynb #ff187800
 def _lines(path):
@@ -253,7 +253,8 @@ def _toy_split(split):
     if split == 'test': names.pop('label')
     return Dataset.from_list(rows, features=names)
 
-# %% ../nbs/00_data.ipynb #f8b559cb
+# %% ../nbs/00_data.ipynb #6f386906
+_glue = tuple(name for name in tasks if name != 'toy')
 _hub_splits = {'dev': 'validation', 'dev_matched': 'validation_matched', 'dev_mismatched': 'validation_mismatched'}
 
 def find_data(
@@ -283,7 +284,7 @@ def _from_folder(task, folder, split, bad_rows):
 
 def _from_hub(task, split):
     hub_columns = task.hub_columns or task.columns
-    if task.name not in tasks or task.name == 'toy': raise FileNotFoundError(f"The task {task.name} is not on the hub: name its folder with data_dir.")
+    if task.name not in _glue: raise FileNotFoundError(f"The task {task.name} is not on the hub: name its folder with data_dir.")
     pattern = f'{task.name}/{_hub_splits.get(split, split)}-*.parquet'
     try:
         files = sorted(Path(snapshot_download('nyu-mll/glue', repo_type='dataset', allow_patterns=[pattern], etag_timeout=5)).glob(pattern))
@@ -325,6 +326,54 @@ def load_task(
     if size is None: return data
     if not 0 < size <= len(data): raise ValueError(f"size is {size}; the {split} split of {task.name} has {len(data)} rows, so 1 to {len(data)} is allowed.")
     return data.shuffle(seed=sample_seed).select(range(size))
+
+# %% ../nbs/00_data.ipynb #e7fc9535
+def write_task(
+    name: str,               # what `Recipe(task=..)` will call it
+    folder: str,             # gets train.tsv, dev.tsv, (test.tsv) and task.json; recipes name it as data_dir
+    labels: tuple,           # label names, in the order of their ids; empty for a regression on scores from 0 to 5
+    columns: tuple=('sentence1', 'sentence2'), # the one or two text columns
+    label_column: str='label', # where the labels are; not looked for in the test frame
+    **frames,                # train=, dev= and, if you like, test=: data frames
+) -> Task:
+    "Data frames as a task: checked, written to a folder, known by its name"
+    labels, columns, folder = tuple(map(str, labels)), tuple(columns), Path(folder)
+    if name in _glue or name == 'toy' or not re.fullmatch(r'[\w.+=@-]+', name): raise ValueError(f"The task is named {name!r}; letters, digits and . _ - + = @ are allowed, and no name of a built-in task: {', '.join(_glue)}, toy.")
+    if len(set(labels)) != len(labels) or len(labels) == 1: raise ValueError(f"labels are {list(labels)}; two or more different ones were expected, or none for a regression.")
+    if len(columns) not in (1, 2): raise ValueError(f"columns are {list(columns)}; one or two text columns were expected.")
+    if not {'train', 'dev'} <= frames.keys() <= {'train', 'dev', 'test'}: raise ValueError(f"The frames are {', '.join(frames) or 'none'}; train and dev were expected, and test if there is one.")
+    task = Task(name, name, columns, labels, label_column=label_column, metrics=('accuracy',) if labels else ('pearson', 'spearman'), test=('test',) if 'test' in frames else ())
+    texts = {split: _tsv(task, frame, split) for split, frame in frames.items()} # all are checked before one is written
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, text in texts.items(): (folder/f'{split}.tsv').write_text(text, encoding='utf-8')
+    (folder/'task.json').write_text(json.dumps(asdict(task), indent=1) + '\n')
+    return open_task(folder)
+
+def open_task(
+    folder: str, # from `write_task`
+) -> Task:
+    "A task of one's own, known by its name again"
+    path = Path(folder)/'task.json'
+    if not path.is_file(): raise FileNotFoundError(f"{folder} has no task.json: it is no folder that write_task wrote.")
+    task = Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()})
+    if task.name in _glue or task.name == 'toy': raise ValueError(f"{path} names its task {task.name!r}, which is a built-in one.")
+    tasks[task.name] = task
+    return task
+
+def _tsv(task, frame, split):
+    "One frame as raw TSV; `ValueError` names the row"
+    wanted = (*task.columns, *([task.label_column] if split not in task.test else []))
+    if missing := [c for c in wanted if c not in frame.columns]: raise ValueError(f"{split} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, frame.columns))}.")
+    if not len(frame): raise ValueError(f"{split} has no rows.")
+    lines = ['\t'.join(wanted)]
+    for i, row in zip(frame.index, frame[[*wanted]].itertuples(index=False, name=None)):
+        fields = [' '.join(x.replace('\0', ' ').split()) if isinstance(x, str) else '' for x in row[:len(task.columns)]]
+        if '' in fields: raise ValueError(f"{split}, row {i}: {task.columns[fields.index('')]!r} is {row[fields.index('')]!r}; a text was expected. Fill it in or drop the row.")
+        label = [str(x) for x in row[len(task.columns):]]
+        if label and task.regression: _label(task, label[0], split, i)
+        elif label and label[0] not in task.labels: raise ValueError(f"{split}, row {i}: the label is {label[0]!r}; {' or '.join(map(repr, task.labels))} was expected.")
+        lines.append('\t'.join(fields + label))
+    return '\n'.join(lines) + '\n'
 
 # %% ../nbs/00_data.ipynb #20db2134
 SMALL = 'all-minilm-l6-v2' # the small pretrained BERT that works offline

@@ -545,7 +545,7 @@ def draw_run(
 
 # %% ../nbs/11_widgets.ipynb #d3ebd526
 _style = '''<style>
-.lad-nb {font-size: 12px; line-height: 1.35; color: var(--jp-content-font-color1, currentColor)}
+.lad-nb {font-size: 12px; line-height: 1.35; color: var(--jp-content-font-color1, currentColor); container-type: inline-size}
 .lad-nb .widget-html-content {line-height: 1.35; overflow: auto hidden}
 .lad-nb .lad-cards {display: flex; flex-wrap: wrap; gap: 10px 26px; align-items: flex-start}
 .lad-nb .lad-card {max-width: 100%; overflow-x: auto}
@@ -557,6 +557,7 @@ _style = '''<style>
 .lad-nb svg {max-width: 100%; height: auto; display: block}
 .lad-nb svg text {fill: currentColor; font-size: 10px}
 .lad-nb .lad-step, .lad-nb .lad-loss {font-weight: bold; font-variant-numeric: tabular-nums}
+@container (max-width: 420px) {.lad-nb table {font-size: 11px} .lad-nb td, .lad-nb th {padding: 2px} .lad-nb td.text, .lad-nb th.text {min-width: 80px}}
 </style>'''
 
 def _cards(*cards): return f"""<div class="lad-cards">{''.join(f'<div class="lad-card">{c}</div>' for c in cards if c)}</div>"""

@@ -149,7 +149,7 @@ def test_the_tutorial_in_a_real_jupyterlab(lab, chromium, tmp_path):
     page.set_viewport_size(dict(width=800, height=900))
     page.wait_for_timeout(500)
     bench.panel.scroll_into_view_if_needed()
-    room = page.evaluate('''() => { const p = document.querySelector('.lad-nb.jupyter-widgets'); return [...p.querySelectorAll('button, svg, .widget-html-content')].map(e => e.getBoundingClientRect().right).reduce((a, b) => Math.max(a, b)) - p.getBoundingClientRect().right }''')
+    room = page.evaluate('''() => { const p = document.querySelector('.lad-nb.jupyter-widgets'); return [...p.querySelectorAll('button, svg, td, .widget-html-content')].map(e => e.getBoundingClientRect().right).reduce((a, b) => Math.max(a, b)) - p.getBoundingClientRect().right }''')
     picture_of(page, tmp_path, 'dark_800')
     picture_of(bench.panel, tmp_path, 'dark_800_whole')
     assert room <= 1, f'the panel sticks out by {room} pixels in a narrow window'

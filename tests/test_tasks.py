@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lad_nb import cli
-from lad_nb.data import SMALL, tasks
+from lad_nb.data import SMALL, load_task, tasks, write_task
 from lad_nb.evaluation import score_checkpoints, write_predictions
 from lad_nb.recipes import Recipe, open_run, run
 
@@ -68,3 +68,43 @@ def test_other_commands(tmp_path, capsys, line):
     on, reads = DRY[line]
     assert mapping['on'] == on and [mapping['reads'][0], mapping['reads'][-1]] == reads
     assert not list(tmp_path.iterdir())
+
+
+def own_frames(rows=24):
+    """Frames with what CSV files bring along: quotes, commas, tabs, line breaks."""
+    texts = ['He said "no", and left.', 'a\ttab', 'two\nlines', 'a lone " quote', "naïve café"]
+    table = pd.DataFrame(dict(text=[f'{texts[i % 5]} {i}' for i in range(rows)], mood=[['bad', 'neither', 'good'][i % 3] for i in range(rows)]))
+    return dict(train=table, dev=table[:9], test=table[['text']][:6])
+
+
+def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
+    """From frames to predictions at the command line, which learns of the task from its folder."""
+    monkeypatch.chdir(tmp_path)
+    frames = own_frames()
+    write_task('mood', 'data', ['bad', 'neither', 'good'], ['text'], 'mood', **frames)
+    assert [load_task('mood', s, 'data').num_rows for s in ('train', 'dev', 'test')] == [24, 9, 6]
+    assert load_task('mood', 'train', 'data')['sentence1'][:3] == ['He said "no", and left. 0', 'a tab 1', 'two lines 2']
+    del tasks['mood']  # another process does not know it
+    common = '--experiment t --task mood --data_dir data --device_id -1'
+    assert cli.main(f'run_fine_tune {common} --ptrain_ver {SMALL} --max_seq_len 16 --batch_size 8 --total_step 2 --warmup_step 1 --ckpt_step 2 --lr 5e-5'.split()) == 0
+    del tasks['mood']
+    assert cli.main(f'generate_test_prediction {common} --out answers'.split()) == 0
+    answers = pd.read_csv('answers/mood.tsv', sep='\t')
+    assert len(answers) == 6 and set(answers.prediction) <= {'bad', 'neither', 'good'}
+    del tasks['mood']
+    capsys.readouterr()
+    assert cli.main(f'run_fine_tune {common.replace("data_dir data", "data_dir answers")} --ptrain_ver {SMALL}'.split()) == 2
+    assert 'write_task or open_task' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('change, said', [
+    (lambda f: f['train'].assign(mood='Bad'), "train, row 0: the label is 'Bad'; 'bad' or 'neither' or 'good' was expected"),
+    (lambda f: f['train'].assign(mood=[None, *f['train'].mood[1:]]), "train, row 0: the label is"),
+    (lambda f: f['train'].assign(text=[*f['train'].text[:-1], '\t ']), "train, row 23: 'text' is"),
+    (lambda f: f['train'].assign(text=3), "'text' is 3; a text was expected"),
+    (lambda f: f['train'].drop(columns='mood'), "train has no column 'mood'"),
+    (lambda f: f['train'][:0], 'train has no rows')])
+def test_frames_that_would_go_wrong_quietly(tmp_path, change, said):
+    frames = own_frames()
+    with pytest.raises(ValueError, match=said): write_task('mood', tmp_path/'d', ['bad', 'neither', 'good'], ['text'], 'mood', **frames | dict(train=change(frames)))
+    assert not (tmp_path/'d').exists() and 'mood' not in tasks
