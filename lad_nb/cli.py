@@ -50,12 +50,12 @@ def quickstart(
     ax.figure.savefig(root/'contributions.png', dpi=200)
     return table
 
-# %% ../nbs/12_cli.ipynb #e7bbc643
+# %% ../nbs/12_cli.ipynb #7027a710
 _aliases = dict(mu=['hidden_mse_weight'])
 _choice = list(FAITHFUL) # what --faithful sets, unless given by itself
 _indices = ('gate_indices', 'teacher_indices', 'student_indices')
 _fine_tune_only = {'experiment', 'task', 'model', 'ptrain_ver', 'data_dir', 'dataset', 'train_size', 'sample_seed', 'padding', 'max_seq_len', 'batch_size', 'accum_step', 'total_step', 'warmup_step',
-                   'epoch', 'warmup_rate', 'lr', 'beta1', 'beta2', 'eps', 'weight_decay', 'max_norm', 'dropout', 'ckpt_step', 'log_step', 'seed', 'device_id'}
+                   'epoch', 'warmup_rate', 'lr', 'beta1', 'beta2', 'eps', 'weight_decay', 'max_norm', 'dropout', 'ckpt_step', 'keep_ckpt', 'log_step', 'seed', 'device_id'}
 
 def indices(
     text: str, # 12,10,8
@@ -179,7 +179,7 @@ def recipe_of(
     if method == 'fine_tune': given = dict(soft_weight=0., hard_weight=1., mu=0.) | given
     return Recipe(**(FAST if args.fast else FAITHFUL if args.faithful else OURS) | given)
 
-# %% ../nbs/12_cli.ipynb #ee44f9d6
+# %% ../nbs/12_cli.ipynb #0b69cbca
 def main(
     argv: list=None, # the command line's by default
 ) -> int:            # exit code
@@ -189,7 +189,7 @@ def main(
     try:
         command, args = parse(sys.argv[1:] if argv is None else argv)
         _commands[command if command in _other else 'train'](command, args)
-    except (ValueError, OSError) as e: # what is wrong with the input; LAD_NB_TRACEBACK=1 shows where it was found
+    except (ValueError, OSError, FloatingPointError) as e: # what is wrong with the input; LAD_NB_TRACEBACK=1 shows where it was found
         if os.environ.get('LAD_NB_TRACEBACK'): raise
         return _complain('lad-nb', e)
     except SystemExit as e: return e.code or 0

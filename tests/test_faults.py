@@ -1,6 +1,10 @@
 """Whatever dies, finished work stays: checkpoints are whole or not there, damage is found, a full disk costs nothing that was written."""
 import errno
+import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -93,3 +97,14 @@ def test_a_full_disk(experiments, lad, whole):
     assert e.value.errno == errno.ENOSPC and list(checkpoints(folder)) == [2] and damage(folder/'checkpoint-2') is None and not (folder/'.writing').exists()
     run(recipe, experiments, resume=True, progress=False)
     assert same_bytes(folder, whole)
+
+
+@pytest.mark.parametrize('kills', [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tiny, tmp_path, kills):
+    """A study of one run of 60 updates, checkpoints every 5, with its teacher, cache, log and table of results: killed, started again, and in the end the same bytes."""
+    done = subprocess.run([sys.executable, Path(__file__).with_name('killed.py'), tmp_path, tiny, str(kills), '7'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    print(said)
+    assert not said['problems'], said['problems']
+    assert said['kills'] == kills
