@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['quickstart_recipes', 'quickstart', 'indices', 'make_parser', 'parse', 'recipe_of', 'main']
 
-# %% ../nbs/12_cli.ipynb #0b9c5468
-import argparse, difflib, inspect, json, os, sys, warnings
+# %% ../nbs/12_cli.ipynb #40c972b7
+import argparse, difflib, inspect, json, os, re, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def quickstart(
     ax.figure.savefig(root/'contributions.png', dpi=200)
     return table
 
-# %% ../nbs/12_cli.ipynb #7027a710
+# %% ../nbs/12_cli.ipynb #c2212c80
 _aliases = dict(mu=['hidden_mse_weight'])
 _choice = list(FAITHFUL) # what --faithful sets, unless given by itself
 _indices = ('gate_indices', 'teacher_indices', 'student_indices')
@@ -61,8 +61,8 @@ def indices(
     text: str, # 12,10,8
 ) -> tuple:
     "A list of layers, as flags spell it"
-    try: return tuple(int(k) for k in text.split(','))
-    except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; whole numbers with commas between them were expected, such as 6,4,2") from None
+    if re.fullmatch(r' *[0-9]+ *(, *[0-9]+ *)*', text): return tuple(int(k) for k in text.split(','))
+    raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; whole numbers with commas between them were expected, such as 6,4,2")
 
 def _add_recipe_flags(parser, names):
     for f in fields(Recipe):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DistilArguments', 'training_arguments', 'check_settings', 'pick_device', 'pick_precision', 'LengthGroups',
            'check_cache', 'linear_schedule', 'DistilTrainer', 'save_gates', 'load_gates', 'LossParts', 'ClipBlocks',
-           'JsonLines', 'Bar', 'check_labelled', 'check_teacher', 'blame', 'check_finite', 'read_log',
+           'JsonLines', 'Board', 'Bar', 'check_labelled', 'check_teacher', 'blame', 'check_finite', 'read_log',
            'experiment_folder', 'checkpoints', 'find_checkpoint', 'sound_checkpoint', 'check_new', 'check_same',
            'versions', 'train']
 
@@ -191,7 +191,7 @@ def linear_schedule(
     if step < warmup_step: return step/warmup_step
     return max(0., (total_step - step)/max(1, total_step - warmup_step))
 
-# %% ../nbs/06_training.ipynb #b1abc1d5
+# %% ../nbs/06_training.ipynb #919be3bc
 class DistilTrainer(Trainer):
     "Trains a `Distiller`"
     def __init__(self,
@@ -214,7 +214,7 @@ class DistilTrainer(Trainer):
         super().__init__(model=distiller, args=args, train_dataset=train_dataset.add_column('row', range(len(train_dataset))), processing_class=tokenizer, callbacks=[*callbacks], data_collator=_numbered(collate))
         self.model_accepts_loss_kwargs = False # the loss is a mean over the batch: Trainer divides it by the number of micro-batches
         self.loss_parts, self.clipper = LossParts(), ClipBlocks(self)
-        board = TensorBoardCallback(); board.logging_dir = str(Path(args.output_dir)/'tensorboard')
+        board = Board(); board.logging_dir = str(Path(args.output_dir)/'tensorboard')
         for callback in (self.loss_parts, self.clipper, JsonLines(), board): self.add_callback(callback)
         if self.pop_callback(ProgressCallback): self.add_callback(Bar())
         self.remove_callback(PrinterCallback) # without a bar: silence, the log is in log.jsonl
@@ -346,7 +346,7 @@ def load_gates(
     path = Path(folder)/'gates.safetensors'
     if objective.state_dict(): objective.load_state_dict(safetensors.torch.load_file(path))
 
-# %% ../nbs/06_training.ipynb #a1b59f8c
+# %% ../nbs/06_training.ipynb #8bf61924
 class LossParts(TrainerCallback, ExportableState):
     "Sums hard, soft and hidden losses between two log lines"
     def __init__(self): self.sums, self.count, self.newest = None, 0, []
@@ -395,6 +395,22 @@ class JsonLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and 'loss' in logs:
             append_line(Path(args.output_dir)/'log.jsonl', dict(step=state.global_step) | logs)
+
+class Board(TensorBoardCallback):
+    "TensorBoard's files; where they are, when they cannot be written"
+    @contextlib.contextmanager
+    def _said(self):
+        try: yield
+        except OSError as e: raise OSError(e.errno, f"{self.logging_dir} could not be written: {e.strerror}. {shutil.disk_usage(Path(self.logging_dir).parent).free:,} bytes are free. Checkpoints are whole; the same run goes on from the last one (resume=True, --resume)") from e
+
+    def on_train_begin(self, *args, **kwargs):
+        with self._said(): super().on_train_begin(*args, **kwargs)
+
+    def on_log(self, *args, **kwargs):
+        with self._said(): super().on_log(*args, **kwargs)
+
+    def on_train_end(self, *args, **kwargs):
+        with self._said(): super().on_train_end(*args, **kwargs)
 
 class Bar(ProgressCallback):
     "A progress bar that shows the newest loss in place, instead of a line per log entry"
