@@ -191,7 +191,7 @@ def linear_schedule(
     if step < warmup_step: return step/warmup_step
     return max(0., (total_step - step)/max(1, total_step - warmup_step))
 
-# %% ../nbs/06_training.ipynb #919be3bc
+# %% ../nbs/06_training.ipynb #1790d315
 class DistilTrainer(Trainer):
     "Trains a `Distiller`"
     def __init__(self,
@@ -301,7 +301,7 @@ class DistilTrainer(Trainer):
         except Exception as e: # of a full disk, safetensors and torch each raise their own kind
             shutil.rmtree(self._aside, ignore_errors=True)
             needed = 12*sum(p.numel() for p in self.model.parameters()) # weights and two moments
-            raise OSError(getattr(e, 'errno', None) or errno.EIO, f"{folder/name} could not be written: {e}. About {needed:,} bytes were needed, {shutil.disk_usage(folder).free:,} are free. "
+            raise OSError(_errno(e), f"{folder/name} could not be written: {e}. About {needed:,} bytes were needed, {shutil.disk_usage(folder).free:,} are free. "
                           "Earlier checkpoints are whole; when there is room, the same run goes on from the last one (resume=True, --resume)") from e
         finally: self._aside = None
         if self.args.should_save:
@@ -321,6 +321,11 @@ class DistilTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint):
         with _plain(checkpoint): super()._load_rng_state(checkpoint)
+
+def _errno(e):
+    "The system's number of an error, which safetensors says in words only"
+    said = re.search(r'os error (\d+)', str(e))
+    return getattr(e, 'errno', None) or (int(said[1]) if said else errno.EIO)
 
 @contextlib.contextmanager
 def _plain(checkpoint):
@@ -516,7 +521,7 @@ def read_log(
             if i + 1 < len(lines): raise ValueError(f"{path}, line {i + 1}: not JSON.") from None
     return out
 
-# %% ../nbs/06_training.ipynb #ff7a8567
+# %% ../nbs/06_training.ipynb #8e583455
 def experiment_folder(
     experiment: str,         # its name
     task: str,               # the task's name
@@ -609,7 +614,7 @@ def _train(trainer, folder, description, resume):
         if resume: sound_checkpoint(folder) # sets damaged ones aside
     trainer.accelerator.wait_for_everyone()
     last = max(checkpoints(folder).items(), default=(0, None))[1] if resume else None
-    if last is None: check_teacher(trainer)
+    if last is None and trainer.is_world_process_zero(): check_teacher(trainer)
     if trainer.is_world_process_zero() and not (folder/'recipe.json').exists(): write_text(folder/'recipe.json', json.dumps((description or {}) | dict(versions=versions()), indent=1) + '\n')
     if last and int(last.name.rpartition('-')[2]) >= trainer.args.max_steps: trainer._load_from_checkpoint(str(last)) # it was done: Trainer would take one step more
     else: trainer.train(resume_from_checkpoint=last and str(last))
@@ -623,7 +628,7 @@ def _save_final(trainer, folder):
     try: trainer.save_model(str(aside))
     except Exception as e: # as in `DistilTrainer._save_checkpoint`
         shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(getattr(e, 'errno', None) or errno.EIO, f"The final student could not be written to {folder}: {e}. {shutil.disk_usage(folder).free:,} bytes are free. Checkpoints are whole; the same run with resume=True, --resume ends it") from e
+        raise OSError(_errno(e), f"The final student could not be written to {folder}: {e}. {shutil.disk_usage(folder).free:,} bytes are free. Checkpoints are whole; the same run with resume=True, --resume ends it") from e
     if not trainer.is_world_process_zero(): return
     for path in sorted(aside.iterdir(), key=lambda p: p.name == 'model.safetensors'): os.replace(path, folder/path.name)
     aside.rmdir()

@@ -62,7 +62,7 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def quick(tiny):
     """A LAD recipe of six updates on that model, which is teacher and encoder at once."""
     from lad_nb.recipes import Recipe

@@ -1,6 +1,6 @@
 """Starts a study in processes of its own, kills each at a random moment, starts the next one, and says what came of it.
 
-python killed.py FOLDER MODEL KILLS SEED: works in FOLDER, with the tiny model in MODEL; prints JSON. Processes are forked, so that a start costs no imports.
+python killed.py FOLDER MODEL UPDATES KILLS SEED: works in FOLDER, with the tiny model in MODEL; prints JSON. Processes are forked, so that a start costs no imports.
 """
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import lad_nb.cache
 import lad_nb.durable
 from lad_nb.recipes import FAST, Recipe
 from lad_nb.study import Study, read_results, run_study
@@ -18,9 +19,9 @@ FILES = ('model.safetensors', 'gates.safetensors', 'log.jsonl')
 EVENTS = ('open', 'os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'os.truncate', 'shutil.rmtree')
 
 
-def study(name, model):
+def study(name, model, updates):
     few = dict(task='toy', train_size=160, max_seq_len=32, batch_size=16, ckpt_step=5, log_step=3, device_id=-1)
-    return Study(name, Recipe(name, num_hidden_layers=2, ptrain_ver=model, total_step=60, warmup_step=6, lr=1e-3, gate_lr=1e-3, **few | FAST | dict(precision='fp32')), looks=(), seeds=(42,),
+    return Study(name, Recipe(name, num_hidden_layers=2, ptrain_ver=model, total_step=updates, warmup_step=6, lr=1e-3, gate_lr=1e-3, **few | FAST | dict(precision='fp32')), looks=(), seeds=(42,),
                  teachers=dict(toy=Recipe('teacher', method='fine_tune', ptrain_ver=model, total_step=10, warmup_step=1, **few)), tasks=dict(toy={}), methods=dict(LAD=dict(method='lad')))
 
 
@@ -40,7 +41,7 @@ class Torn:
         return self.file.write(text)
 
 
-def child(folder, name, model, pipe, kind, where, number):
+def child(folder, name, model, updates, pipe, kind, where, number):
     """One process: works until it is done or dead; tells which files it touches, and at which it dies."""
     log = os.open(folder/'said.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1); os.dup2(log, 2)
@@ -58,20 +59,20 @@ def child(folder, name, model, pipe, kind, where, number):
         if end(args[0], event): os.kill(os.getpid(), signal.SIGKILL)
     if kind != 'time':
         sys.addaudithook(look)
-        lad_nb.durable.open = lambda path, mode='r', **k: Torn(open(path, mode, **k), end) if set(mode) & set('wa') else open(path, mode, **k)
+        for module in (lad_nb.durable, lad_nb.cache): module.open = lambda path, mode='r', **k: Torn(open(path, mode, **k), end) if set(mode) & set('wa') else open(path, mode, **k)
     random.seed(number)
-    try: run_study(study(name, model), folder/name, folder/'.results')
+    try: run_study(study(name, model, updates), folder/name, folder/'.results')
     except BaseException:
         import traceback
         traceback.print_exc(); os._exit(1)
     os._exit(0)
 
 
-def attempt(folder, name, model, kind=None, where=None, number=0, after=None):
+def attempt(folder, name, model, updates, kind=None, where=None, number=0, after=None):
     """Its exit status, what it told, and how long it took."""
     read, write = os.pipe()
     started, pid = time.monotonic(), os.fork()
-    if pid == 0: os.close(read); child(folder, name, model, write, kind, where, number)
+    if pid == 0: os.close(read); child(folder, name, model, updates, write, kind, where, number)
     os.close(write)
     if after is not None:
         while time.monotonic() < started + after and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None: time.sleep(.002)
@@ -80,9 +81,9 @@ def attempt(folder, name, model, kind=None, where=None, number=0, after=None):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), told, time.monotonic() - started
 
 
-def main(folder, model, kills, seed):
+def main(folder, model, updates, kills, seed):
     folder, rng = Path(folder), random.Random(seed)
-    status, trace, lasted = attempt(folder, 'whole', model)
+    status, trace, lasted = attempt(folder, 'whole', model, updates)
     assert status == 0, (folder/'said.txt').read_text()
     whole = folder/'whole'/'whole_LAD_42_bert_toy'
     moments = {kind: sorted({t.split(' ', 1)[1] for t in trace if t.startswith('torn ') == (kind == 'torn')}) for kind in ('file', 'torn')}
@@ -91,12 +92,12 @@ def main(folder, model, kills, seed):
         name, rounds = f'r{rounds}', rounds + 1
         while True:
             kind = rng.choice(['time', 'file', 'torn']) if len(done) < kills else None
-            if kind == 'time': status, told, _ = attempt(folder, name, model, 'time', after=rng.uniform(0, .7*lasted))
+            if kind == 'time': status, told, _ = attempt(folder, name, model, updates, 'time', after=rng.uniform(0, .7*lasted))
             elif kind:
                 where = rng.choice(moments[kind])
                 there = sum(t.split(' ', 1)[1] == where and t.startswith('torn ') == (kind == 'torn') for t in trace)
-                status, told, _ = attempt(folder, name, model, kind, where, rng.randint(1, max(1, there//2)))
-            else: status, told, _ = attempt(folder, name, model)
+                status, told, _ = attempt(folder, name, model, updates, kind, where, rng.randint(1, max(1, there//2)))
+            else: status, told, _ = attempt(folder, name, model, updates)
             if status == 0: break
             if status != -signal.SIGKILL: problems.append(f"{name}: exit {status}: {(folder/'said.txt').read_text()[-2000:]}"); break
             done.append(told[-1] if told else 'time')
@@ -108,4 +109,4 @@ def main(folder, model, kills, seed):
     print(json.dumps(dict(kills=len(done), rounds=rounds, moments={m: done.count(m) for m in sorted(set(done))}, problems=problems, seconds=round(lasted, 1))))
 
 
-if __name__ == '__main__': main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+if __name__ == '__main__': main(*sys.argv[1:3], *map(int, sys.argv[3:6]))

@@ -103,10 +103,10 @@ def test_a_full_disk(experiments, lad, whole):
     assert same_bytes(folder, whole)
 
 
-@pytest.mark.parametrize('kills', [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tiny, tmp_path, kills):
-    """A study of one run of 60 updates, checkpoints every 5, with its teacher, cache, log and table of results: killed, started again, and in the end the same bytes."""
-    done = subprocess.run([sys.executable, Path(__file__).with_name('killed.py'), tmp_path, tiny, str(kills), '7'], capture_output=True, text=True)
+@pytest.mark.parametrize('updates, kills', [(15, 3), pytest.param(60, 30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tiny, tmp_path, updates, kills):
+    """A study of one run of so many updates, checkpoints every 5, with its teacher, cache, log and table of results: killed, started again, and in the end the same bytes."""
+    done = subprocess.run([sys.executable, Path(__file__).with_name('killed.py'), tmp_path, tiny, str(updates), str(kills), '7'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     print(said)

@@ -18,7 +18,7 @@ from lad_nb.mappings import make_mapping, mapping_from_dict, mapping_to_dict, me
 from lad_nb.recipes import Recipe, _check, mapping_of, recipe_from_dict, run_description
 
 pytestmark = pytest.mark.faults
-CASES = pytest.mark.parametrize('cases', [150, pytest.param(1500, marks=pytest.mark.slow)])
+CASES = pytest.mark.parametrize('cases', [150, pytest.param(1700, marks=pytest.mark.slow)])
 
 
 def hold(cases, what, *args, **strategies):
