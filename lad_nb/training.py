@@ -191,7 +191,7 @@ def linear_schedule(
     if step < warmup_step: return step/warmup_step
     return max(0., (total_step - step)/max(1, total_step - warmup_step))
 
-# %% ../nbs/06_training.ipynb #1790d315
+# %% ../nbs/06_training.ipynb #95a5171a
 class DistilTrainer(Trainer):
     "Trains a `Distiller`"
     def __init__(self,
@@ -300,8 +300,7 @@ class DistilTrainer(Trainer):
             if self.args.should_save: settle_folder(self._aside/name, folder/name)
         except Exception as e: # of a full disk, safetensors and torch each raise their own kind
             shutil.rmtree(self._aside, ignore_errors=True)
-            needed = 12*sum(p.numel() for p in self.model.parameters()) # weights and two moments
-            raise OSError(_errno(e), f"{folder/name} could not be written: {e}. About {needed:,} bytes were needed, {shutil.disk_usage(folder).free:,} are free. "
+            raise _unwritten(e, folder, folder/name, 12*sum(p.numel() for p in self.model.parameters()), # weights and two moments
                           "Earlier checkpoints are whole; when there is room, the same run goes on from the last one (resume=True, --resume)") from e
         finally: self._aside = None
         if self.args.should_save:
@@ -322,10 +321,11 @@ class DistilTrainer(Trainer):
     def _load_rng_state(self, checkpoint):
         with _plain(checkpoint): super()._load_rng_state(checkpoint)
 
-def _errno(e):
-    "The system's number of an error, which safetensors says in words only"
-    said = re.search(r'os error (\d+)', str(e))
-    return getattr(e, 'errno', None) or (int(said[1]) if said else errno.EIO)
+def _unwritten(e, folder, what, needed, then):
+    "One error for what safetensors and torch each say in their way; with the system's number for it"
+    needed, free, said = needed + 2**20, shutil.disk_usage(folder).free, re.search(r'os error (\d+)', str(e)) # a megabyte for tokenizer and settings
+    number = getattr(e, 'errno', None) or (int(said[1]) if said else errno.ENOSPC if free < needed else errno.EIO)
+    return OSError(number, f"{what} could not be written: {e}. About {needed:,} bytes were needed, {free:,} are free. {then}")
 
 @contextlib.contextmanager
 def _plain(checkpoint):
@@ -462,7 +462,7 @@ def _by_chance(labels, logits, regression):
     right, most = int((logits.argmax(-1) == labels).sum()), int(np.bincount(labels).max())
     return f'is right on {right} (the most frequent label is on {most})', binomtest(right, len(labels), most/len(labels), alternative='greater').pvalue
 
-# %% ../nbs/06_training.ipynb #596249c6
+# %% ../nbs/06_training.ipynb #5ca261e9
 def _place(name, distiller):
     "What a parameter belongs to, as people count"
     if layer := re.search(r'encoder\.layer\.(\d+)\.', name): return f'student layer {int(layer[1]) + 1}'
@@ -491,7 +491,7 @@ def blame(
     names = ['loss', 'hard term', 'soft term', *(f'hidden term of student layer {p.student} (from {p.source})' for p in distiller.mapping.pairs)]
     found = [(rows, batch, [n for n, x in zip(names, parts.tolist()) if not np.isfinite(x)]) for (rows, batch), parts in zip(trainer.update, trainer.loss_parts.newest)]
     rows, batch, terms = next((f for f in found if f[2]), found[0])
-    if terms: said.append(f"the loss is not finite; so is its {', '.join(terms[1:])}" if terms[1:] else 'the loss is not finite, though its terms are: their weights are too large')
+    if terms: said.append(f"the loss is not finite, nor is its {', its '.join(terms[1:])}" if terms[1:] else 'the loss is not finite, though its terms are: their weights are too large')
     else: said.append(f"the loss is finite, the gradient is not, from the loss back: {', '.join(_bad_places(distiller, lambda p: p.grad)[::-1])}")
     if weights := _bad_places(distiller, lambda p: p): said.append(f"weights that are not finite: {', '.join(weights)}")
     where, which = _bad_states(distiller, batch)
@@ -521,7 +521,7 @@ def read_log(
             if i + 1 < len(lines): raise ValueError(f"{path}, line {i + 1}: not JSON.") from None
     return out
 
-# %% ../nbs/06_training.ipynb #8e583455
+# %% ../nbs/06_training.ipynb #f5eb13f3
 def experiment_folder(
     experiment: str,         # its name
     task: str,               # the task's name
@@ -628,7 +628,7 @@ def _save_final(trainer, folder):
     try: trainer.save_model(str(aside))
     except Exception as e: # as in `DistilTrainer._save_checkpoint`
         shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(_errno(e), f"The final student could not be written to {folder}: {e}. {shutil.disk_usage(folder).free:,} bytes are free. Checkpoints are whole; the same run with resume=True, --resume ends it") from e
+        raise _unwritten(e, folder, f'{folder}: the final student', 4*sum(p.numel() for p in trainer.model.parameters()), "Checkpoints are whole; the same run with resume=True, --resume ends it") from e
     if not trainer.is_world_process_zero(): return
     for path in sorted(aside.iterdir(), key=lambda p: p.name == 'model.safetensors'): os.replace(path, folder/path.name)
     aside.rmdir()

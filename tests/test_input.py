@@ -67,7 +67,7 @@ def test_what_is_written_is_read(tmp_path, cases): hold(cases, is_read_right, tm
 def oracle(raw, task, labelled):
     """Another reader's rows: pandas', in its rawest form."""
     text = raw.decode('utf-8-sig')
-    frame = pd.read_csv(io.StringIO(text.replace('\r\n', '\n'), newline=''), sep='\t', quoting=3, header=None, dtype=str, keep_default_na=False, na_filter=False, lineterminator='\n', skip_blank_lines=False, low_memory=False)
+    frame = pd.read_csv(io.StringIO(re.sub('\r(\n|$)', '\\1', text), newline=''), sep='\t', quoting=3, header=None, dtype=str, keep_default_na=False, na_filter=False, lineterminator='\n', skip_blank_lines=False, low_memory=False)
     header = list(task.headless) if labelled and task.headless else list(frame.iloc[0])
     if not (labelled and task.headless): frame = frame.iloc[1:]
     columns = list(task.columns if labelled else task.test_columns or task.columns)

@@ -50,20 +50,20 @@ def set_nan(parameter): parameter.data.view(-1)[0] = float('nan')
 
 def test_a_student_layer(quick, tmp_path):
     said, trainer = spoiled(quick, tmp_path, lambda t: set_nan(t.model.student.bert.encoder.layer[1].output.dense.weight))
-    assert 'its hard term, soft term, hidden term of student layer 2 (from gate 4)' in said and 'student layer 1' not in said
+    assert 'nor is its hard term, its soft term, its hidden term of student layer 2 (from gate 4)' in said and 'student layer 1' not in said
     assert 'weights that are not finite: student layer 2;' in said and 'first in student layer 2' in said
     assert len(rows_said(said, trainer)) == 16
 
 
 def test_a_gate(quick, tmp_path):
     said, _ = spoiled(quick, tmp_path, lambda t: set_nan(t.model.objective.blocks()['gate 3'].linear.weight))
-    assert 'its hidden term of student layer 2 (from gate 4)' in said and 'hard' not in said
+    assert 'nor is its hidden term of student layer 2 (from gate 4)' in said and 'hard' not in said
     assert 'weights that are not finite: gate 3;' in said and 'first in gate 3' in said
 
 
 def test_a_teacher_layer(quick, tmp_path):
     said, _ = spoiled(quick.replace(method='bert_pkd'), tmp_path, lambda t: set_nan(t.model.teacher.bert.encoder.layer[2].output.dense.bias))
-    assert 'its soft term, hidden term of student layer 2 (from layer 4)' in said and 'first in teacher layer 3' in said
+    assert 'nor is its soft term, its hidden term of student layer 2 (from layer 4)' in said and 'first in teacher layer 3' in said
 
 
 def test_one_row_of_one_micro_batch(quick, tmp_path):
