@@ -95,7 +95,7 @@ class TeacherCache:
             return out
         return with_teacher
 
-# %% ../nbs/05b_cache.ipynb #c5d45bc0
+# %% ../nbs/05b_cache.ipynb #19b68334
 @torch.inference_mode()
 def _ask(teacher, data, tokenizer, lengths, batch_size):
     "The tensors of one shard"
@@ -110,6 +110,7 @@ def _ask(teacher, data, tokenizer, lengths, batch_size):
         for b, i in enumerate(rows):
             for k, h in enumerate(found.hidden_states[1:], start=1): out[f'layer_{k}'][starts[i]:starts[i] + lengths[i]] = h[b, :lengths[i]].cpu()
             out['logits'][i] = found.logits[b].cpu()
+    if bad := [name for name, states in out.items() if not states.isfinite().all()]: raise FloatingPointError(f"The teacher's {', '.join(bad)} are not finite on some rows: nothing can be learned from it. No cache was written; look at the teacher's weights.")
     return out
 
 def _write(tensors, folder, number):

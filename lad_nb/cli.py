@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['quickstart_recipes', 'quickstart', 'indices', 'make_parser', 'parse', 'recipe_of', 'main']
 
-# %% ../nbs/12_cli.ipynb #0b9c5468
-import argparse, difflib, inspect, json, os, sys, warnings
+# %% ../nbs/12_cli.ipynb #40c972b7
+import argparse, difflib, inspect, json, os, re, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -50,19 +50,19 @@ def quickstart(
     ax.figure.savefig(root/'contributions.png', dpi=200)
     return table
 
-# %% ../nbs/12_cli.ipynb #e7bbc643
+# %% ../nbs/12_cli.ipynb #c2212c80
 _aliases = dict(mu=['hidden_mse_weight'])
 _choice = list(FAITHFUL) # what --faithful sets, unless given by itself
 _indices = ('gate_indices', 'teacher_indices', 'student_indices')
 _fine_tune_only = {'experiment', 'task', 'model', 'ptrain_ver', 'data_dir', 'dataset', 'train_size', 'sample_seed', 'padding', 'max_seq_len', 'batch_size', 'accum_step', 'total_step', 'warmup_step',
-                   'epoch', 'warmup_rate', 'lr', 'beta1', 'beta2', 'eps', 'weight_decay', 'max_norm', 'dropout', 'ckpt_step', 'log_step', 'seed', 'device_id'}
+                   'epoch', 'warmup_rate', 'lr', 'beta1', 'beta2', 'eps', 'weight_decay', 'max_norm', 'dropout', 'ckpt_step', 'keep_ckpt', 'log_step', 'seed', 'device_id'}
 
 def indices(
     text: str, # 12,10,8
 ) -> tuple:
     "A list of layers, as flags spell it"
-    try: return tuple(int(k) for k in text.split(','))
-    except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; whole numbers with commas between them were expected, such as 6,4,2") from None
+    if re.fullmatch(r' *[0-9]+ *(, *[0-9]+ *)*', text): return tuple(int(k) for k in text.split(','))
+    raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; whole numbers with commas between them were expected, such as 6,4,2")
 
 def _add_recipe_flags(parser, names):
     for f in fields(Recipe):
@@ -179,7 +179,7 @@ def recipe_of(
     if method == 'fine_tune': given = dict(soft_weight=0., hard_weight=1., mu=0.) | given
     return Recipe(**(FAST if args.fast else FAITHFUL if args.faithful else OURS) | given)
 
-# %% ../nbs/12_cli.ipynb #ee44f9d6
+# %% ../nbs/12_cli.ipynb #0b69cbca
 def main(
     argv: list=None, # the command line's by default
 ) -> int:            # exit code
@@ -190,7 +190,7 @@ def main(
         command, args = parse(sys.argv[1:] if argv is None else argv)
         if (own := getattr(args, 'data_dir', None)) and (Path(own)/'task.json').is_file(): open_task(own) # from `data.write_task`
         _commands[command if command in _other else 'train'](command, args)
-    except (ValueError, OSError) as e: # what is wrong with the input; LAD_NB_TRACEBACK=1 shows where it was found
+    except (ValueError, OSError, FloatingPointError) as e: # what is wrong with the input; LAD_NB_TRACEBACK=1 shows where it was found
         if os.environ.get('LAD_NB_TRACEBACK'): raise
         return _complain('lad-nb', e)
     except SystemExit as e: return e.code or 0

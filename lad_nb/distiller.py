@@ -100,7 +100,7 @@ def check_weights(soft_weight, hard_weight, softmax_temp, mu):
     if not 0 < softmax_temp < float('inf'): raise ValueError(f"softmax_temp is {softmax_temp}; a temperature above 0 was expected.")
     if soft_weight == hard_weight == 0: raise ValueError("soft_weight and hard_weight are both 0: nothing would train the student's head.")
 
-# %% ../nbs/05_distiller.ipynb #01cf204b
+# %% ../nbs/05_distiller.ipynb #e209aa44
 class Distiller(nn.Module):
     "A student, its frozen teacher and the objective between them"
     def __init__(self,
@@ -176,5 +176,6 @@ def _check_fit(student, teacher, mapping):
     if teacher is None: return
     if teacher.num_hidden_layers != mapping.T: raise ValueError(f"The teacher has {teacher.num_hidden_layers} layers, the mapping {mapping.name} is for {mapping.T}. Make the mapping with T={teacher.num_hidden_layers}.")
     if student.vocab_size != teacher.vocab_size: raise ValueError(f"The student's vocabulary has {student.vocab_size} entries, the teacher's {teacher.vocab_size}: they would read different text. Cut the student from an encoder with the teacher's tokenizer.")
-    if student.num_labels != teacher.num_labels or list(student.id2label.values()) != list(teacher.id2label.values()):
-        raise ValueError(f"The student's labels are {list(student.id2label.values())}, the teacher's {list(teacher.id2label.values())}. Give both the same labels in the same order.")
+    ours, theirs = ([name for _, name in sorted(c.id2label.items())] for c in (student, teacher)) # a config may list its ids in any order
+    if ours != theirs:
+        raise ValueError(f"The student's labels are {ours}, the teacher's {theirs}. Give both the same labels in the same order.")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['predict', 'score', 'evaluate', 'run_setting', 'score_checkpoints', 'best_checkpoint', 'write_predictions', 'costs']
 
-# %% ../nbs/07_evaluation.ipynb #eb05ee46
-import json, statistics, tempfile, time
+# %% ../nbs/07_evaluation.ipynb #bf32c0f0
+import statistics, tempfile, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .data import collator, encode, get_task, load_task, load_tokenizer, splits
 from .students import load_classifier
-from .durable import write_text
+from .durable import read_json, write_text
 from .training import checkpoints, find_checkpoint, pick_device
 
 # %% ../nbs/07_evaluation.ipynb #5abfa9ee
@@ -70,7 +70,7 @@ def evaluate(
         out |= {m + suffix: v for m, v in score(task, predict(model, data, tokenizer, batch_size, device_id), np.array(data['labels'])).items()}
     return out
 
-# %% ../nbs/07_evaluation.ipynb #84efc613
+# %% ../nbs/07_evaluation.ipynb #ba8dd575
 def run_setting(
     folder: str, # a run folder
     name: str,   # a field of its recipe
@@ -78,7 +78,7 @@ def run_setting(
 ):
     "One setting from a run's recipe.json"
     path = Path(folder)/'recipe.json'
-    return json.loads(path.read_text()).get('recipe', {}).get(name, default) if path.is_file() else default
+    return (read_json(path).get('recipe') or {}).get(name, default) if path.is_file() else default
 
 def score_checkpoints(
     folder: str,        # a run folder

@@ -90,7 +90,7 @@ class Attention(Source):
         return target, weights[:, 0] if self.by == 'cls' else weights
     def __str__(self): return f'attention by {self.by}'
 
-# %% ../nbs/02_mappings.ipynb #e51cf451
+# %% ../nbs/02_mappings.ipynb #29155758
 @dataclass(frozen=True)
 class Pair:
     "Student layer `student` learns from `source`"
@@ -108,6 +108,10 @@ class Mapping:
     on: str = 'hidden'   # the hidden loss is on all tokens ('hidden') or on [CLS] alone ('cls')
 
     def __post_init__(self):
+        for what, n in (('T', self.T), ('M', self.M)):
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"{what} is {n!r}; a number of layers from 1 up was expected.")
+        _check_indices('teacher layer', [k for s in self.segments for k in s], self.T)
+        if not all(self.segments): raise ValueError(f"A segment of the chain is empty: {self.segments}.")
         if self.on not in ('hidden', 'cls'): raise ValueError(f"on is {self.on!r}; it is 'hidden' or 'cls'.")
         students = [p.student for p in self.pairs]
         _check_indices('student layer', students, self.M)
@@ -294,7 +298,7 @@ def mapping_edges(
     table.attrs = dict(method=mapping.name, T=mapping.T, M=mapping.M, on=mapping.on) # a mapping without arrows has a size as well
     return table
 
-# %% ../nbs/02_mappings.ipynb #5c0f4a6d
+# %% ../nbs/02_mappings.ipynb #10b64151
 def mapping_to_dict(
     mapping: Mapping,
 ) -> dict: # plain lists, strings and numbers
@@ -307,6 +311,9 @@ def mapping_from_dict(
 ) -> Mapping:
     "The mapping again; a source of one's own must have been defined before"
     def source(kind, **fields):
-        if kind not in Source.kinds: raise ValueError(f"The mapping {d['name']} uses a source {kind!r}, which is not defined here. Run the cell that defines it first; known are: {', '.join(Source.kinds)}.")
+        if not isinstance(kind, str) or kind not in Source.kinds: raise ValueError(f"The mapping {d['name']} uses a source {kind!r}, which is not defined here. Run the cell that defines it first; known are: {', '.join(Source.kinds)}.")
         return Source.kinds[kind](**fields)
-    return Mapping(d['name'], d['T'], d['M'], tuple(Pair(p['student'], source(**p['source'])) for p in d['pairs']), tuple(map(tuple, d['segments'])), d['on'])
+    try:
+        if not all(isinstance(d[k], (list, tuple)) for k in ('pairs', 'segments')): raise TypeError('pairs and segments are lists')
+        return Mapping(d['name'], d['T'], d['M'], tuple(Pair(p['student'], source(**p['source'])) for p in d['pairs']), tuple(map(tuple, d['segments'])), d['on'])
+    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"This is no saved mapping ({type(e).__name__}: {e}): {str(d):.80}. What `mapping_to_dict` gives was expected.") from None

@@ -7,8 +7,8 @@ __all__ = ['FAITHFUL', 'OURS', 'FAST', 'rte', 'Recipe', 'recipe_from_dict', 'rec
            'pretrained_of', 'settle', 'build', 'make_trainer', 'run', 'file_hash', 'describe', 'plan', 'rerun',
            'run_description', 'open_run']
 
-# %% ../nbs/08_recipes.ipynb #26d907d3
-import hashlib, inspect, json, warnings
+# %% ../nbs/08_recipes.ipynb #e6b91e6f
+import hashlib, inspect, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from transformers import set_seed
 from .cache import teacher_cache
 from .data import SMALL, encode, find_data, get_task, load_task, load_tokenizer, model_folder, splits
 from .distiller import Distiller, check_weights
+from .durable import check_links, read_json
 from .mappings import Mapping, make_mapping, mapping_from_dict, mapping_to_dict, methods
 from .students import init_layers, load_classifier, load_encoder, make_classifier, make_student
 from .training import DistilTrainer, check_new, check_settings, experiment_folder, find_checkpoint, load_gates, train, training_arguments
 
-# %% ../nbs/08_recipes.ipynb #7a9ee2fb
+# %% ../nbs/08_recipes.ipynb #03156ce7
 def _f(default, help, **kwargs): return field(default=default, metadata=dict(help=help, **kwargs))
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Recipe:
     hard_weight: float = _f(0.3, 'of the hard loss')
     mu: float = _f(500.0, 'of the hidden losses, mu/M each')
     ckpt_step: int = _f(100, 'updates between checkpoints')
+    keep_ckpt: int = _f(None, 'keep the newest so many checkpoints; all by default')
     log_step: int = _f(10, 'updates between log lines')
     seed: int = _f(42, 'of weights, dropout and order')
     device_id: int = _f(None, '-1 is the CPU, else a CUDA index; the best there is by default')
@@ -99,15 +101,27 @@ class Recipe:
 
     def to_dict(self) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-# %% ../nbs/08_recipes.ipynb #627dc5da
+# %% ../nbs/08_recipes.ipynb #eecd8564
 def recipe_from_dict(
     d: dict, # from `Recipe.to_dict`, or a recipe.json
 ) -> Recipe:
     "The recipe again; `ValueError` names a field that is not one"
-    d = d.get('recipe', d)
+    d = d.get('recipe', d) if isinstance(d, dict) else d
+    if not isinstance(d, dict): raise ValueError(f"A recipe is names and values, not {d!r:.60}.")
     known = [f.name for f in fields(Recipe)]
     if unknown := [k for k in d if k not in known]: raise ValueError(f"A recipe has no field {', '.join(map(repr, unknown))}. Its fields are: {', '.join(known)}.")
+    for f in fields(Recipe):
+        if f.name in d and not _is_a(d[f.name], f): raise ValueError(f"{f.name} is {d[f.name]!r:.60}; {_kinds[f.type]}{' or null' if f.default is None else ''} was expected.")
     return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
+
+_kinds = {str: 'text', int: 'a whole number', float: 'a number', bool: 'true or false', tuple: 'a list of whole numbers'}
+
+def _is_a(value, field):
+    "Whether a value can be a recipe's"
+    if value is None: return field.default is None
+    if field.type is bool or isinstance(value, bool): return field.type is type(value) is bool
+    if field.type is tuple: return isinstance(value, (list, tuple)) and all(isinstance(k, int) and not isinstance(k, bool) for k in value)
+    return isinstance(value, (int, float) if field.type is float else field.type)
 
 # %% ../nbs/08_recipes.ipynb #86d13430
 FAITHFUL = dict(norm='sequence', padding='max_length', mask_padding=False, copy_embeddings=False)
@@ -136,7 +150,7 @@ def recipe_table(
     table = pd.DataFrame({n: r.to_dict() for n, r in recipes.items()}).T
     return table.loc[:, table.astype(str).nunique() > 1]
 
-# %% ../nbs/08_recipes.ipynb #3ffc011e
+# %% ../nbs/08_recipes.ipynb #d96b367a
 def mapping_of(
     recipe: Recipe, # its method and indices
     T: int,         # teacher layers
@@ -160,7 +174,7 @@ def pretrained_of(
 ) -> str:        # or None
     "The encoder that a teacher was fine-tuned from, as its recipe.json says"
     for place in (Path(folder), Path(folder).parent):
-        if (place/'recipe.json').is_file(): return json.loads((place/'recipe.json').read_text()).get('recipe', {}).get('ptrain_ver')
+        if (place/'recipe.json').is_file(): return (read_json(place/'recipe.json').get('recipe') or {}).get('ptrain_ver')
 
 def _explicit(recipe):
     "User-defined and partial mappings: each named student layer starts from the layer with its source's index"
@@ -266,6 +280,12 @@ def run(
     trainer = make_trainer(recipe, root, progress, callbacks)
     return train(trainer, trainer.description, resume)
 
+def _teacher_of(folder, said):
+    "The teacher's folder, as a run folder names it: one that is here, so that opening a run asks no hub"
+    teacher = Path(said['teacher']['folder'] if isinstance(said['teacher'], dict) and isinstance(said['teacher'].get('folder'), str) else '')
+    if not teacher.is_absolute() or not teacher.is_dir(): raise FileNotFoundError(f"{folder} learned from the teacher {str(teacher)!r}, and there is no such folder here. Put the teacher there, or name its new place in recipe.json.")
+    return teacher
+
 def file_hash(
     path: str, # a file
 ) -> str:      # sha256, in hex
@@ -282,7 +302,7 @@ def describe(
     return dict(recipe=recipe.to_dict(), mapping=mapping_to_dict(distiller.mapping),
                 teacher=None if teacher is None else dict(folder=str(teacher.resolve()), sha256=file_hash(teacher/'model.safetensors')))
 
-# %% ../nbs/08_recipes.ipynb #356bc3f2
+# %% ../nbs/08_recipes.ipynb #62d9e893
 def plan(
     recipe: Recipe,          # what would run
     root: str='experiments', # where experiments live
@@ -328,11 +348,11 @@ def _plan_teacher(recipe, root, missing):
     try: folder = teacher_folder(recipe, root) if recipe.teacher is None or Path(recipe.teacher).exists() or recipe.teacher == SMALL else None
     except FileNotFoundError as e: folder = None; missing.append(f'teacher: {e}')
     if folder is None and recipe.teacher is not None: missing.append(f'teacher: {recipe.teacher} is no folder here; the hub would be asked')
-    T = json.loads((folder/'config.json').read_text())['num_hidden_layers'] if folder else 12
+    T = read_json(folder/'config.json')['num_hidden_layers'] if folder else 12
     named = recipe.teacher or str(experiment_folder(recipe.teacher_exp, recipe.task, recipe.tmodel, root))
     return dict(folder=str(folder or named), checkpoint=recipe.tckpt, num_hidden_layers=T, there=folder is not None), T
 
-# %% ../nbs/08_recipes.ipynb #4796bab1
+# %% ../nbs/08_recipes.ipynb #7dfe9704
 def rerun(
     folder: str,          # a run folder
     experiment: str=None, # name of the new run; the old one's with _rerun by default
@@ -354,9 +374,12 @@ def run_description(
     "What a run folder says of itself"
     path = Path(folder)/'recipe.json'
     if not path.is_file(): raise FileNotFoundError(f"{folder} is no run folder: it has no recipe.json.")
-    return json.loads(path.read_text())
+    check_links(folder)
+    said = read_json(path)
+    if not isinstance(said, dict): raise ValueError(f"{path} holds no description of a run: names and values were expected.")
+    return said
 
-# %% ../nbs/08_recipes.ipynb #2931b7c9
+# %% ../nbs/08_recipes.ipynb #0542a005
 def open_run(
     folder: str,    # a run folder
     step: int=None, # a checkpoint's update step; the end of the run by default
@@ -366,7 +389,7 @@ def open_run(
     said = run_description(folder)
     recipe, place = recipe_from_dict(said), folder if step is None else find_checkpoint(folder, step)
     student = load_classifier(place, recipe.task)
-    teacher = load_classifier(said['teacher']['folder'], recipe.task) if said.get('teacher') else None
+    teacher = load_classifier(_teacher_of(folder, said), recipe.task) if said.get('teacher') else None
     loss = dict(soft_weight=recipe.soft_weight, hard_weight=recipe.hard_weight, softmax_temp=recipe.softmax_temp, mu=recipe.mu) if teacher is not None else {}
     distiller = Distiller(student, teacher, mapping_from_dict(said['mapping']) if teacher is not None else None, norm=recipe.norm, seq_len=recipe.max_seq_len, mask_padding=recipe.mask_padding, **loss)
     load_gates(distiller.objective, place)

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, s
 
 from .data import SMALL, get_task, load_tokenizer, model_folder
 
-# %% ../nbs/03_students.ipynb #46defa3d
+# %% ../nbs/03_students.ipynb #bb1b8212
 @contextlib.contextmanager
 def quiet():
     "Silence the loading reports of transformers (a fresh head is expected here), and nothing else"
@@ -28,9 +28,9 @@ def quiet():
 
 def _load(cls, name, **kwargs):
     folder = model_folder(name)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, BertConfig): raise ValueError(f"{name} is a {config.model_type} model; lad_nb distils BERT (model_type 'bert').")
-    with quiet(): return cls.from_pretrained(folder, use_safetensors=True, **kwargs)
+    with quiet(): return cls.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **kwargs)
 
 def load_encoder(
     name: str,     # a folder, a hub id, or `all-minilm-l6-v2`
@@ -54,10 +54,13 @@ def check_labels(
 ):
     "`ValueError` unless the classifier's labels are the task's, in the same order"
     task = get_task(task)
+    theirs, ours = [name for _, name in sorted(config.id2label.items())], list(task.id2label.values()) # a config may list its ids in any order
     if config.num_labels != task.num_labels:
-        raise ValueError(f"{who} has {config.num_labels} labels ({', '.join(config.id2label.values())}), the task {task.name} has {task.num_labels} "
+        raise ValueError(f"{who} has {config.num_labels} labels ({', '.join(theirs)}), the task {task.name} has {task.num_labels} "
                          f"({', '.join(task.id2label.values())}). Take a model that was fine-tuned on {task.name}.")
-    theirs, ours = list(config.id2label.values()), list(task.id2label.values())
+    label2id = config.label2id or {}
+    back = sorted(label2id, key=lambda name: str(label2id[name]).zfill(9))
+    if back != theirs and sorted(back) == sorted(theirs): raise ValueError(f"{who} contradicts itself: its id2label says {theirs}, its label2id {back} (in this order of ids); the task {task.name} means {ours}. Mend its config.json.")
     if task.regression or theirs == ours: return
     if theirs == [f'LABEL_{i}' for i in range(task.num_labels)]:
         warnings.warn(f"{who} does not name its labels; {', '.join(ours)} is assumed, in this order."); return

@@ -8,7 +8,7 @@ __all__ = ['section5', 'closer', 'user_defined', 'quirks', 'claims', 'Study', 'h
            'collect_teachers', 'cost', 'collect_looks', 'Claim', 'verdicts', 'first_metric', 'miniature', 'open_study']
 
 # %% ../nbs/14_study.ipynb #82c5eb40
-import hashlib, json, os, platform, shutil, subprocess, tempfile, time
+import hashlib, json, os, platform, subprocess, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from .analysis import contributions_by_step, contributions_by_token, gate_contributions, gate_openness, layer_cka, layer_map, linear_probes, loss_parts, paired_differences, teacher_agreement
 from .data import SMALL, encode, get_task, load_task, load_tokenizer
+from .durable import append_line, remove_folder
 from .evaluation import evaluate, predict, score
 from .mappings import mapping_from_dict
 from .recipes import FAST, Recipe, recipe_from_dict, run, run_description
@@ -115,8 +116,7 @@ def append_result(
     "Add a line to runs.jsonl; several processes may"
     results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
-    with FileLock(results/'.lock'), open(results/'runs.jsonl', 'a') as f:
-        f.write(json.dumps(line) + '\n'); f.flush(); os.fsync(f.fileno())
+    with FileLock(results/'.lock'): append_line(results/'runs.jsonl', line, sync=True)
 
 def read_results(
     results: str, # folder of the results
@@ -140,7 +140,7 @@ def _one(job, root, results):
     trained = time.time()
     line = _line(job, folder, job['held_out']) | dict(looks=look(folder, job['looks']), train_seconds=round(trained - started, 1), seconds=round(time.time() - started, 1), resumed=resumed)
     append_result(results, line)
-    for checkpoint in checkpoints(folder).values(): shutil.rmtree(checkpoint)
+    for checkpoint in checkpoints(folder).values(): remove_folder(checkpoint)
     return line
 
 def _teach(study, root, results, say):

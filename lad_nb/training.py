@@ -5,31 +5,33 @@
 # %% auto #0
 __all__ = ['DistilArguments', 'training_arguments', 'check_settings', 'pick_device', 'pick_precision', 'LengthGroups',
            'check_cache', 'linear_schedule', 'DistilTrainer', 'save_gates', 'load_gates', 'LossParts', 'ClipBlocks',
-           'JsonLines', 'Bar', 'read_log', 'experiment_folder', 'checkpoints', 'find_checkpoint', 'sound_checkpoint',
-           'check_new', 'check_same', 'versions', 'train']
+           'JsonLines', 'Board', 'Bar', 'check_labelled', 'check_teacher', 'blame', 'check_finite', 'read_log',
+           'experiment_folder', 'checkpoints', 'find_checkpoint', 'sound_checkpoint', 'check_new', 'check_same',
+           'versions', 'train']
 
-# %% ../nbs/06_training.ipynb #d5c4044b
-import errno, json, os, platform, re, shutil, sys, warnings
+# %% ../nbs/06_training.ipynb #0ab3141c
+import contextlib, errno, json, os, pickle, platform, re, shutil, sys, warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import safetensors.torch, torch
+import numpy as np, safetensors.torch, torch
+from scipy.stats import binomtest, pearsonr
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import rotate_checkpoints
 
 from .cache import TeacherCache
 from .data import collator
-from .durable import damage, settle_folder, write_text
+from .durable import LOCK, append_line, check_links, damage, hold, read_json, remove_folder, settle_folder, write_text
 from .distiller import Distiller, DistilOutput, Objective
 from .students import quiet
 
-# %% ../nbs/06_training.ipynb #3bb95f5c
+# %% ../nbs/06_training.ipynb #5ae702d4
 @dataclass
 class DistilArguments(TrainingArguments):
     "`TrainingArguments`, and the second set of settings that gates and projections have"
@@ -61,6 +63,7 @@ def training_arguments(
     gate_total_step: int=None, # their schedule's end; total_step by default
     gate_warmup_step: int=None, # their warm-up; warmup_step by default
     ckpt_step: int=100,       # a checkpoint every so many updates, and at the end
+    keep_ckpt: int=None,      # keep the newest so many checkpoints; all by default
     log_step: int=10,         # a line in the log every so many updates
     seed: int=42,             # of dropout and of the order of rows
     padding: str='max_length', max_seq_len: int=128, # of batches
@@ -82,7 +85,7 @@ def training_arguments(
         output_dir=str(folder), max_steps=total_step, warmup_steps=warmup_step, per_device_train_batch_size=batch_size//(accum_step*world),
         gradient_accumulation_steps=accum_step, learning_rate=lr, adam_beta1=beta1, adam_beta2=beta2, adam_epsilon=eps, weight_decay=weight_decay,
         max_norm=max_norm, gate_lr=gate_lr, gate_beta1=gate_beta1, gate_beta2=gate_beta2, gate_eps=gate_eps, gate_weight_decay=gate_weight_decay,
-        gate_max_norm=gate_max_norm, gate_total_step=gate_total_step, gate_warmup_step=gate_warmup_step, save_steps=ckpt_step, save_strategy='steps',
+        gate_max_norm=gate_max_norm, gate_total_step=gate_total_step, gate_warmup_step=gate_warmup_step, save_steps=ckpt_step, save_strategy='steps', save_total_limit=keep_ckpt,
         logging_steps=log_step, logging_strategy='steps', seed=seed, data_seed=seed, padding=padding, max_seq_len=max_seq_len, length_groups=length_groups,
         bf16=pick_precision(precision, device)[0] == 'bf16', remove_unused_columns=False, use_cpu=device == 'cpu', disable_tqdm=not progress, max_grad_norm=0., logging_nan_inf_filter=False, report_to='none',
         dataloader_pin_memory=torch.cuda.is_available())
@@ -94,7 +97,7 @@ def check_settings(settings):
             value = settings.get(name)
             if value is not None and not ok(value): raise ValueError(f"{name} is {value!r}; {allowed} was expected.")
     whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
-    check('total_step gate_total_step batch_size accum_step ckpt_step log_step', lambda x: whole(x) and x >= 1, 'a whole number from 1 up')
+    check('total_step gate_total_step batch_size accum_step ckpt_step keep_ckpt log_step', lambda x: whole(x) and x >= 1, 'a whole number from 1 up')
     check('warmup_step gate_warmup_step seed', lambda x: whole(x) and x >= 0, 'a whole number from 0 up')
     check('lr eps gate_eps max_norm gate_max_norm', lambda x: 0 < x < float('inf'), 'a number above 0')
     check('gate_lr weight_decay gate_weight_decay', lambda x: 0 <= x < float('inf'), 'a number from 0 up')
@@ -188,7 +191,7 @@ def linear_schedule(
     if step < warmup_step: return step/warmup_step
     return max(0., (total_step - step)/max(1, total_step - warmup_step))
 
-# %% ../nbs/06_training.ipynb #fcea30e8
+# %% ../nbs/06_training.ipynb #95a5171a
 class DistilTrainer(Trainer):
     "Trains a `Distiller`"
     def __init__(self,
@@ -202,14 +205,16 @@ class DistilTrainer(Trainer):
         self._aside = None
         self.rows_per_update = args.per_device_train_batch_size*args.gradient_accumulation_steps*args.world_size
         if len(train_dataset) < self.rows_per_update: raise ValueError(f"batch_size is {self.rows_per_update}, but there are only {len(train_dataset)} training rows.")
+        check_labelled(train_dataset, distiller)
         collate = collator(tokenizer, args.padding, args.max_seq_len)
         if cache is not None:
             check_cache(cache, distiller, train_dataset)
-            train_dataset, collate = train_dataset.add_column('row', range(len(train_dataset))), cache.collator(collate, distiller.mapping.reads)
-        super().__init__(model=distiller, args=args, train_dataset=train_dataset, processing_class=tokenizer, callbacks=[*callbacks], data_collator=collate)
+            collate = cache.collator(collate, distiller.mapping.reads)
+        self.cache, self.update = cache, []
+        super().__init__(model=distiller, args=args, train_dataset=train_dataset.add_column('row', range(len(train_dataset))), processing_class=tokenizer, callbacks=[*callbacks], data_collator=_numbered(collate))
         self.model_accepts_loss_kwargs = False # the loss is a mean over the batch: Trainer divides it by the number of micro-batches
         self.loss_parts, self.clipper = LossParts(), ClipBlocks(self)
-        board = TensorBoardCallback(); board.logging_dir = str(Path(args.output_dir)/'tensorboard')
+        board = Board(); board.logging_dir = str(Path(args.output_dir)/'tensorboard')
         for callback in (self.loss_parts, self.clipper, JsonLines(), board): self.add_callback(callback)
         if self.pop_callback(ProgressCallback): self.add_callback(Bar())
         self.remove_callback(PrinterCallback) # without a bar: silence, the log is in log.jsonl
@@ -247,6 +252,7 @@ class DistilTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of one update. Each learns how many real tokens they have on average, over all processes: the mean of their losses is then the mean over all tokens of the update"
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.update, self.loss_parts.newest = [(b.pop('row'), b) for b in batches], [] # for `blame`, which the models need not know
         if batches and self.model.objective.mask_padding and (len(batches) > 1 or self.args.world_size > 1):
             counts = torch.stack([b['attention_mask'].sum() for b in batches]).float().to(device)
             tokens = self.accelerator.gather(counts).mean()
@@ -283,6 +289,7 @@ class DistilTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         "A checkpoint that is whole or not there: written aside, sealed, renamed"
+        check_finite(self)
         folder, name = Path(self.args.output_dir), f'checkpoint-{self.state.global_step}'
         self._aside = folder/'.writing'
         if self.args.should_save: shutil.rmtree(self._aside, ignore_errors=True) # of a run that died while it wrote
@@ -293,20 +300,41 @@ class DistilTrainer(Trainer):
             if self.args.should_save: settle_folder(self._aside/name, folder/name)
         except Exception as e: # of a full disk, safetensors and torch each raise their own kind
             shutil.rmtree(self._aside, ignore_errors=True)
-            needed = 12*sum(p.numel() for p in self.model.parameters()) # weights and two moments
-            raise OSError(getattr(e, 'errno', None) or errno.EIO, f"{folder/name} could not be written: {e}. About {needed:,} bytes were needed, {shutil.disk_usage(folder).free:,} are free. "
+            raise _unwritten(e, folder, folder/name, 12*sum(p.numel() for p in self.model.parameters()), # weights and two moments
                           "Earlier checkpoints are whole; when there is room, the same run goes on from the last one (resume=True, --resume)") from e
         finally: self._aside = None
         if self.args.should_save:
             (folder/'.writing').rmdir()
-            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+            if keep := self.args.save_total_limit:
+                for old in list(checkpoints(folder).values())[:-keep]: remove_folder(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         "Student, gates and half-summed losses of a checkpoint"
         folder, distiller = Path(resume_from_checkpoint), model or self.model
         distiller.student.load_state_dict(safetensors.torch.load_file(folder/'model.safetensors'))
         load_gates(distiller.objective, folder)
-        self.loss_parts.restore(json.loads((folder/'trainer_state.json').read_text()))
+        self.loss_parts.restore(read_json(folder/'trainer_state.json'))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _plain(checkpoint): super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _plain(checkpoint): super()._load_rng_state(checkpoint)
+
+def _unwritten(e, folder, what, needed, then):
+    "One error for what safetensors and torch each say in their way; with the system's number for it"
+    needed, free, said = needed + 2**20, shutil.disk_usage(folder).free, re.search(r'os error (\d+)', str(e)) # a megabyte for tokenizer and settings
+    number = getattr(e, 'errno', None) or (int(said[1]) if said else errno.ENOSPC if free < needed else errno.EIO)
+    return OSError(number, f"{what} could not be written: {e}. About {needed:,} bytes were needed, {free:,} are free. {then}")
+
+@contextlib.contextmanager
+def _plain(checkpoint):
+    "torch loads weights only; say so when a file asks for more"
+    try: yield
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"{checkpoint} holds something else than tensors and numbers: {str(e).splitlines()[0]} It is not loaded, and nothing in it was run. Delete it, and go on from the checkpoint before.") from None
+
+def _numbered(collate): return lambda rows: dict(collate(rows)) | {'row': torch.tensor([r['row'] for r in rows])}
 
 def save_gates(
     objective: Objective, # whose gates and projections to keep
@@ -323,15 +351,16 @@ def load_gates(
     path = Path(folder)/'gates.safetensors'
     if objective.state_dict(): objective.load_state_dict(safetensors.torch.load_file(path))
 
-# %% ../nbs/06_training.ipynb #15dd593b
+# %% ../nbs/06_training.ipynb #8bf61924
 class LossParts(TrainerCallback, ExportableState):
     "Sums hard, soft and hidden losses between two log lines"
-    def __init__(self): self.sums, self.count = None, 0
+    def __init__(self): self.sums, self.count, self.newest = None, 0, []
 
     def add(self, out: DistilOutput):
         "One micro-batch"
         parts = torch.cat([torch.stack([out.loss, out.hard, out.soft]), out.hidden]).detach().double()
         self.sums, self.count = parts if self.sums is None else self.sums.to(parts.device) + parts, self.count + 1
+        self.newest.append(parts)
 
     def means(self, accelerator, mapping) -> dict:
         "Means since the last line, over all processes; starts anew"
@@ -352,11 +381,14 @@ class ClipBlocks(TrainerCallback):
     def __init__(self, trainer): self.trainer, self.gate_lr, self.grad_norm = trainer, None, None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        distiller, optimizer = self.trainer.model, self.trainer.optimizer
-        clip = self.trainer.accelerator.clip_grad_norm_
-        self.grad_norm = clip(distiller.student.parameters(), args.max_norm) # the student's, before clipping
-        for block in distiller.objective.blocks().values(): clip(block.parameters(), args.gate_max_norm)
-        self.gate_lr = next((g['lr'] for g in optimizer.param_groups if g['half'] == 'objective'), None)
+        distiller, loss = self.trainer.model, self.trainer.loss_parts.sums[0]
+        blocks = [(distiller.student, args.max_norm), *((block, args.gate_max_norm) for block in distiller.objective.blocks().values())]
+        blocks = [([p for p in block.parameters() if p.grad is not None], most) for block, most in blocks]
+        norms = [get_total_norm([p.grad for p in params]).to(loss.device) for params, _ in blocks]
+        if not torch.stack([loss, *(n.double() for n in norms)]).isfinite().all(): raise FloatingPointError(blame(self.trainer)) # the one number that an update waits for
+        for (params, most), norm in zip(blocks, norms): clip_grads_with_norm_(params, most, norm)
+        self.grad_norm = norms[0] # the student's, before clipping
+        self.gate_lr = next((g['lr'] for g in self.trainer.optimizer.param_groups if g['half'] == 'objective'), None)
 
 class JsonLines(TrainerCallback):
     "Appends every log line to log.jsonl; a resumed run first drops the lines that it will write again"
@@ -367,12 +399,113 @@ class JsonLines(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and 'loss' in logs:
-            with open(Path(args.output_dir)/'log.jsonl', 'a') as f: f.write(json.dumps(dict(step=state.global_step) | logs) + '\n')
+            append_line(Path(args.output_dir)/'log.jsonl', dict(step=state.global_step) | logs)
+
+class Board(TensorBoardCallback):
+    "TensorBoard's files; where they are, when they cannot be written"
+    @contextlib.contextmanager
+    def _said(self):
+        try: yield
+        except OSError as e: raise OSError(e.errno, f"{self.logging_dir} could not be written: {e.strerror}. {shutil.disk_usage(Path(self.logging_dir).parent).free:,} bytes are free. Checkpoints are whole; the same run goes on from the last one (resume=True, --resume)") from e
+
+    def on_train_begin(self, *args, **kwargs):
+        with self._said(): super().on_train_begin(*args, **kwargs)
+
+    def on_log(self, *args, **kwargs):
+        with self._said(): super().on_log(*args, **kwargs)
+
+    def on_train_end(self, *args, **kwargs):
+        with self._said(): super().on_train_end(*args, **kwargs)
 
 class Bar(ProgressCallback):
     "A progress bar that shows the newest loss in place, instead of a line per log entry"
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and 'loss' in (logs or {}): self.training_bar.set_postfix(loss=f"{logs['loss']:.3g}")
+
+# %% ../nbs/06_training.ipynb #ae06d472
+def check_labelled(
+    data,                 # from `data.encode`
+    distiller: Distiller, # whose head answers
+):
+    "`ValueError` for a training row whose label the student's head has no place for"
+    if 'labels' not in data.column_names: raise ValueError("The training data has no labels. Test splits have none; train on another one.")
+    labels, config = np.array(data['labels'], dtype=float), distiller.student.config
+    bad = np.flatnonzero(~np.isfinite(labels) if distiller.objective.regression else ~np.isin(labels, range(config.num_labels)))
+    if not len(bad): return
+    allowed = 'a number' if distiller.objective.regression else ', '.join(f'{i} ({config.id2label[i]})' for i in range(config.num_labels))
+    raise ValueError(f"The label of training row {bad[0]} (from 0) is {labels[bad[0]]:g}; the student's head allows {allowed}. {len(bad)} of {len(labels)} rows have such labels.")
+
+def check_teacher(
+    trainer: DistilTrainer, # before its first update
+):
+    "Warn of a teacher that knows no more about the training labels than chance. Takes a twentieth of the training's rows, 256 at most; with fewer than 64, nothing can be said"
+    distiller, data = trainer.model, trainer.train_dataset
+    count = min(256, len(data), trainer.args.max_steps*trainer.rows_per_update//20)
+    if distiller.teacher is None or count < 64: return
+    rows = np.linspace(0, len(data) - 1, count).astype(int).tolist()
+    labels, logits = np.array(data[rows]['labels']), _teacher_logits(trainer, rows)
+    what, p = _by_chance(labels, logits, distiller.objective.regression)
+    if p > .05: warnings.warn(f"On {count} training rows the teacher {what}: no better than chance (p = {p:.2g}). Was it fine-tuned on this task, with these labels? A student learns little from it.")
+
+@torch.inference_mode()
+def _teacher_logits(trainer, rows):
+    if trainer.cache is not None: return trainer.cache.batch(rows, int(trainer.cache.lengths[rows].max()), layers=())[1].double().numpy()
+    names, collate = ('input_ids', 'attention_mask', 'token_type_ids'), collator(trainer.processing_class)
+    batches = (collate([{n: trainer.train_dataset[i][n] for n in names} for i in rows[j:j + 32]]).to(trainer.args.device) for j in range(0, len(rows), 32))
+    return torch.cat([trainer.model.ask_teacher(**b)[1] for b in batches]).cpu().double().numpy()
+
+def _by_chance(labels, logits, regression):
+    "What a teacher makes of labels, and how likely that is by chance"
+    if regression:
+        r = pearsonr(logits[:, 0], labels, alternative='greater') if np.ptp(logits[:, 0]) and np.ptp(labels) else None
+        return ('says the same of all rows', 1.) if r is None else (f'correlates with the scores at {r.statistic:.2f}', r.pvalue)
+    right, most = int((logits.argmax(-1) == labels).sum()), int(np.bincount(labels).max())
+    return f'is right on {right} (the most frequent label is on {most})', binomtest(right, len(labels), most/len(labels), alternative='greater').pvalue
+
+# %% ../nbs/06_training.ipynb #5ca261e9
+def _place(name, distiller):
+    "What a parameter belongs to, as people count"
+    if layer := re.search(r'encoder\.layer\.(\d+)\.', name): return f'student layer {int(layer[1]) + 1}'
+    part = next((p for p in ('embeddings', 'pooler', 'classifier') if p in name), name)
+    return f"the student's {part}" if name.startswith('student.') else next((n for n, b in distiller.objective.blocks().items() if any(distiller.get_parameter(name) is p for p in b.parameters())), name)
+
+def _bad_places(distiller, of): return list(dict.fromkeys(_place(n, distiller) for n, p in distiller.named_parameters() if of(p) is not None and not of(p).isfinite().all()))
+
+@torch.no_grad()
+def _bad_states(distiller, batch):
+    "The first states of a batch that are not finite, on the way from the teacher to the student's answer; and in which of its rows"
+    training, _ = distiller.student.training, distiller.eval()
+    out = distiller(**batch, output_states=True)
+    distiller.train(training)
+    hidden = lambda states, who: {f'{who} layer {k}': h for k, h in enumerate(states or [], start=1)}
+    states = hidden(out.teacher_hidden, 'teacher') | {"the teacher's logits": out.teacher_logits} | {f'gate {k}': a for k, a in out.aggregates.state.items()} if distiller.teacher is not None else {}
+    for where, h in (states | hidden(out.student_hidden, 'student') | {"the student's logits": out.student_logits}).items():
+        if h is not None and len(rows := (~h.flatten(1).isfinite().all(1)).nonzero().flatten()): return where, rows
+    return None, None
+
+def blame(
+    trainer: DistilTrainer, # whose newest update has a loss or a gradient that is no number
+) -> str:
+    "Which term, which layer or gate, which rows; and what to try"
+    distiller, state, said = trainer.model, trainer.state, []
+    names = ['loss', 'hard term', 'soft term', *(f'hidden term of student layer {p.student} (from {p.source})' for p in distiller.mapping.pairs)]
+    found = [(rows, batch, [n for n, x in zip(names, parts.tolist()) if not np.isfinite(x)]) for (rows, batch), parts in zip(trainer.update, trainer.loss_parts.newest)]
+    rows, batch, terms = next((f for f in found if f[2]), found[0])
+    if terms: said.append(f"the loss is not finite, nor is its {', its '.join(terms[1:])}" if terms[1:] else 'the loss is not finite, though its terms are: their weights are too large')
+    else: said.append(f"the loss is finite, the gradient is not, from the loss back: {', '.join(_bad_places(distiller, lambda p: p.grad)[::-1])}")
+    if weights := _bad_places(distiller, lambda p: p): said.append(f"weights that are not finite: {', '.join(weights)}")
+    where, which = _bad_states(distiller, batch)
+    if where: said.append(f"on the way through both models it appears first in {where}, in row{'s'*(len(which) > 1)} {', '.join(map(str, rows[which].tolist()))}")
+    last = max(checkpoints(trainer.args.output_dir).items(), default=(0, None))[1]
+    return (f"Update {state.global_step + 1} of {state.max_steps}: {'; '.join(said)}. The batch was rows {', '.join(map(str, sorted(rows.tolist())))} of the training data (from 0). "
+            f"Nothing of this update was kept; {f'{last} is the last checkpoint' if last else 'there is no checkpoint yet'}. Look at these rows; then try, as a new experiment, a lower lr or gate_lr, a longer warm-up, a smaller mu, or precision='fp32'.")
+
+def check_finite(
+    trainer: DistilTrainer, # about to write its weights
+):
+    "`FloatingPointError` instead of a checkpoint with weights that are no numbers"
+    if bad := _bad_places(trainer.model, lambda p: p):
+        raise FloatingPointError(f"After update {trainer.state.global_step} weights are not finite: {', '.join(bad)}. They were not written; checkpoints before are sound. Try a lower lr or gate_lr, or a longer warm-up, as a new experiment.")
 
 # %% ../nbs/06_training.ipynb #8ab2f7b1
 def read_log(
@@ -388,7 +521,7 @@ def read_log(
             if i + 1 < len(lines): raise ValueError(f"{path}, line {i + 1}: not JSON.") from None
     return out
 
-# %% ../nbs/06_training.ipynb #b0fd91ce
+# %% ../nbs/06_training.ipynb #f5eb13f3
 def experiment_folder(
     experiment: str,         # its name
     task: str,               # the task's name
@@ -416,6 +549,7 @@ def find_checkpoint(
     if not Path(folder).is_dir():
         others = sorted(p.parent.name for p in Path(folder).parent.glob('*/recipe.json'))
         raise FileNotFoundError(f"There is no experiment {Path(folder).name} in {Path(folder).parent}/." + (f" There are: {', '.join(others)}." if others else ' Train it first.'))
+    check_links(folder)
     found = checkpoints(folder)
     if not found: raise FileNotFoundError(f"{folder} has no checkpoints: it is no run folder, or its training never reached one.")
     if step is None: return found[max(found)]
@@ -440,7 +574,8 @@ def check_new(
 ):
     "`FileExistsError` for a folder that holds a run which is not being resumed"
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not resume:
+    if resume: check_links(folder)
+    if not resume and folder.exists() and any(p.name != LOCK for p in folder.iterdir()):
         raise FileExistsError(f"{folder} exists and holds {', '.join(sorted(p.name for p in folder.iterdir())[:4])}, ... "
                               "Resume it (resume=True, --resume), choose another experiment name, or delete it.")
 
@@ -450,7 +585,7 @@ def check_same(
 ):
     "`ValueError` when a run would go on with another recipe than it began with; where it runs may change"
     path = Path(folder)/'recipe.json'
-    began, now = (d.get('recipe') or {} for d in (json.loads(path.read_text()) if path.is_file() else {}, description))
+    began, now = (d.get('recipe') or {} for d in (read_json(path) if path.is_file() else {}, description))
     differ = [f"{k} is {now[k]!r}, it began with {began[k]!r}" for k in began.keys() & now.keys() if began[k] != now[k] and not k.endswith(('device_id', 'teacher_cache'))]
     if differ: raise ValueError(f"{folder} cannot go on with another recipe: {'; '.join(sorted(differ))}. Resume with the same settings, or choose another experiment name.")
 
@@ -468,13 +603,18 @@ def train(
 ) -> Path:                   # the run folder
     "Train to the end; afterwards the run folder holds the final student"
     folder = Path(trainer.args.output_dir)
+    first = trainer.is_world_process_zero()
+    if first: check_new(folder, resume)
+    with hold(folder) if first else contextlib.nullcontext(): return _train(trainer, folder, description, resume)
+
+def _train(trainer, folder, description, resume):
     if trainer.is_world_process_zero(): # another process may come later than what this one writes
         check_new(folder, resume)
         if resume: check_same(folder, description or {})
         if resume: sound_checkpoint(folder) # sets damaged ones aside
     trainer.accelerator.wait_for_everyone()
     last = max(checkpoints(folder).items(), default=(0, None))[1] if resume else None
-    folder.mkdir(parents=True, exist_ok=True)
+    if last is None and trainer.is_world_process_zero(): check_teacher(trainer)
     if trainer.is_world_process_zero() and not (folder/'recipe.json').exists(): write_text(folder/'recipe.json', json.dumps((description or {}) | dict(versions=versions()), indent=1) + '\n')
     if last and int(last.name.rpartition('-')[2]) >= trainer.args.max_steps: trainer._load_from_checkpoint(str(last)) # it was done: Trainer would take one step more
     else: trainer.train(resume_from_checkpoint=last and str(last))
@@ -483,8 +623,12 @@ def train(
 
 def _save_final(trainer, folder):
     "The final student in the run folder: each file whole or not there, the weights last"
+    check_finite(trainer)
     aside = folder/'.final'
-    trainer.save_model(str(aside))
+    try: trainer.save_model(str(aside))
+    except Exception as e: # as in `DistilTrainer._save_checkpoint`
+        shutil.rmtree(aside, ignore_errors=True)
+        raise _unwritten(e, folder, f'{folder}: the final student', 4*sum(p.numel() for p in trainer.model.parameters()), "Checkpoints are whole; the same run with resume=True, --resume ends it") from e
     if not trainer.is_world_process_zero(): return
     for path in sorted(aside.iterdir(), key=lambda p: p.name == 'model.safetensors'): os.replace(path, folder/path.name)
     aside.rmdir()

@@ -40,6 +40,35 @@ def experiments(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    """The folder of a BERT of four layers, 16 wide, with random weights and the toy task's words: what tests of faults can afford to start often."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    from lad_nb.data import tasks, toy_examples
+    folder = tmp_path_factory.mktemp('tiny')
+    words = sorted({w for e in toy_examples(3000) for s in (e['sentence1'], e['sentence2']) for w in s.removesuffix('.').split()})
+    special = dict(pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]', mask_token='[MASK]')
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate([*special.values(), '.', *words])}, unk_token='[UNK]'))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1', [('[CLS]', 2), ('[SEP]', 3)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, model_input_names=['input_ids', 'token_type_ids', 'attention_mask'], **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    id2label = tasks['toy'].id2label
+    BertForSequenceClassification(BertConfig(vocab_size=len(words) + 6, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64, initializer_range=.3,
+                                             id2label=id2label, label2id={v: k for k, v in id2label.items()}, problem_type='single_label_classification')).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def quick(tiny):
+    """A LAD recipe of six updates on that model, which is teacher and encoder at once."""
+    from lad_nb.recipes import Recipe
+    return Recipe('quick', task='toy', num_hidden_layers=2, teacher=str(tiny), ptrain_ver=str(tiny), train_size=160, max_seq_len=32, batch_size=16, total_step=6, warmup_step=1, ckpt_step=2, log_step=2, device_id=-1)
+
+
 @pytest.fixture(autouse=True)
 def no_runs_left_behind(request):
     """After a test only the encoder, the teacher and the run that others are compared with stay."""

@@ -1,14 +1,22 @@
 """Whatever dies, finished work stays: checkpoints are whole or not there, damage is found, a full disk costs nothing that was written."""
 import errno
+import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from transformers import TrainerCallback
 from test_training import in_a_process, same_bytes
 
 from lad_nb.durable import SEAL, damage
-from lad_nb.recipes import run
-from lad_nb.training import DistilTrainer, checkpoints, sound_checkpoint
+from lad_nb.recipes import Recipe, make_trainer, run
+from lad_nb.study import append_result, read_results
+from lad_nb.training import DistilTrainer, checkpoints, experiment_folder, read_log, sound_checkpoint, train
 
 pytestmark = pytest.mark.faults
 SETTINGS = dict(total_step=5, ckpt_step=2, log_step=2)
@@ -93,3 +101,181 @@ def test_a_full_disk(experiments, lad, whole):
     assert e.value.errno == errno.ENOSPC and list(checkpoints(folder)) == [2] and damage(folder/'checkpoint-2') is None and not (folder/'.writing').exists()
     run(recipe, experiments, resume=True, progress=False)
     assert same_bytes(folder, whole)
+
+
+@pytest.mark.parametrize('updates, kills', [(15, 3), pytest.param(60, 30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tiny, tmp_path, updates, kills):
+    """A study of one run of so many updates, checkpoints every 5, with its teacher, cache, log and table of results: killed, started again, and in the end the same bytes."""
+    done = subprocess.run([sys.executable, Path(__file__).with_name('killed.py'), tmp_path, tiny, str(updates), str(kills), '7'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    print(said)
+    assert not said['problems'], said['problems']
+    assert said['kills'] == kills
+
+
+@pytest.mark.parametrize('left', range(1, 30, 4))
+def test_a_torn_result_is_not_glued_to_the_next(tmp_path, left):
+    """A process died in the middle of its line: what was finished is kept, and so is all that comes later."""
+    lines = [dict(study='s', run=i) for i in range(4)]
+    for line in lines[:2]: append_result(tmp_path, line)
+    with open(tmp_path/'runs.jsonl', 'a') as f: f.write(json.dumps(dict(study='s', run='the torn one'))[:left])
+    assert read_results(tmp_path) == lines[:2]
+    for line in lines[2:]: append_result(tmp_path, line)
+    assert read_results(tmp_path) == lines
+
+
+def test_two_threads_of_results(tmp_path):
+    """Forty lines by four writers at once: all there, none torn."""
+    writers = [threading.Thread(target=lambda w=w: [append_result(tmp_path, dict(writer=w, line=i)) for i in range(10)]) for w in range(4)]
+    for w in writers: w.start()
+    for w in writers: w.join()
+    assert sorted((l['writer'], l['line']) for l in read_results(tmp_path)) == [(w, i) for w in range(4) for i in range(10)]
+
+
+def test_two_processes_start_the_same_experiment(quick, tmp_path):
+    """One works, the other is told and leaves no trace; when the first is killed, its folder is free, and the run goes on from its checkpoint."""
+    whole = run(quick.replace(experiment='whole'), tmp_path, progress=False)
+    recipe = quick.replace(experiment='shared')
+    code = ("import sys\nfrom transformers import TrainerCallback\nfrom lad_nb.recipes import recipe_from_dict, run\n"
+            "class Wait(TrainerCallback):\n    def on_step_begin(self, args, state, control, **k):\n        if state.global_step == 3: print('half way', flush=True); sys.stdin.read()\n"
+            f"run(recipe_from_dict({recipe.to_dict()!r}), {str(tmp_path)!r}, progress=False, callbacks=[Wait()])")
+    first = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == 'half way\n'
+    folder = tmp_path/'shared_bert_toy'
+    before = {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+    for resume in (True, False):
+        with pytest.raises(FileExistsError, match='another process trains there now' if resume else 'Resume it'): run(recipe, tmp_path, resume=resume, progress=False)
+    assert {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()} == before
+    first.kill(); first.communicate()
+    run(recipe, tmp_path, resume=True, progress=False)
+    assert same_bytes(folder, whole)
+
+
+def test_two_that_start_at_the_same_moment(quick, tmp_path):
+    """Neither sees the other's folder before it has one: still only one trains."""
+    said, trainers = [], [make_trainer(quick, tmp_path, False) for _ in range(2)]
+    ready = threading.Barrier(2)
+    def start(trainer):
+        ready.wait()
+        try: said.append(train(trainer, trainer.description))
+        except FileExistsError as e: said.append(str(e))
+    both = [threading.Thread(target=start, args=(t,)) for t in trainers]
+    for t in both: t.start()
+    for t in both: t.join()
+    folder = tmp_path/'quick_bert_toy'
+    assert folder in said and any('another process trains' in str(s) or 'Resume it' in str(s) for s in said)
+    assert [line['step'] for line in read_log(folder)] == [2, 4, 6] and all(damage(c) is None for c in checkpoints(folder).values())
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, of a given number of bytes."""
+    mounted = []
+    def mount(size, place=None):
+        place = place or tmp_path/f'disk{len(mounted)}'
+        place.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', place], capture_output=True, text=True)
+        if done.returncode: pytest.skip(f'no disk may be mounted here: {done.stderr.strip()}')
+        mounted.append(place)
+        return place
+    yield mount
+    for place in mounted: subprocess.run(['umount', '-l', place])
+
+
+def fill(root, left):
+    """Leave so many bytes of a disk free."""
+    free = shutil.disk_usage(root).free
+    (root/'ballast').write_bytes(bytes(max(0, free - left)))
+
+
+def test_a_disk_that_is_really_full(quick, tmp_path, disk):
+    """It fills up at every few kilobytes of a run: a clear error, earlier checkpoints whole; with room again, the same bytes."""
+    whole = run(quick.replace(experiment='whole'), tmp_path, progress=False)
+    used = sum(p.stat().st_size for p in whole.rglob('*') if p.is_file())
+    root, stops, places = disk('16m'), 0, set()
+    for left in range(4096, used + 200_000, used//9):
+        if (root/'whole_bert_toy').exists(): shutil.rmtree(root/'whole_bert_toy')
+        fill(root, left)
+        try: run(quick.replace(experiment='whole'), root, progress=False)
+        except OSError as e:
+            said, folder = str(e), root/'whole_bert_toy'
+            assert e.errno == errno.ENOSPC and str(root) in said and ('bytes' in said), said
+            assert all(damage(c) is None for c in checkpoints(folder).values()), said
+            stops += 1
+            places.add(said.partition(' could not')[0].rpartition('/')[2])
+        (root/'ballast').unlink()
+        folder = run(quick.replace(experiment='whole'), root, resume=True, progress=False)
+        assert same_bytes(folder, whole)
+    print(stops, places)
+    assert stops >= 5 and any('checkpoint-' in p for p in places)
+
+
+def test_a_full_disk_and_the_cache(quick, tmp_path, disk):
+    root = disk('4m')
+    fill(root, 100_000)
+    recipe = quick.replace(teacher_cache=True)
+    with pytest.raises(OSError, match=r'The teacher cache needs [\d,]+ more bytes in .*teacher_cache.* has [\d,]+ free') as e: run(recipe, root, progress=False)
+    assert e.value.errno == errno.ENOSPC and not (root/'quick_bert_toy').exists()
+    (root/'ballast').unlink()
+    run(recipe, root, progress=False)
+
+
+def test_a_full_disk_and_the_results(tmp_path, disk):
+    """The line that did not fit left nothing of itself."""
+    root = disk('64k')
+    append_result(root, dict(run=0))
+    fill(root, 0)
+    long = dict(run=1, looks='x'*8000)
+    with pytest.raises(OSError, match=r'runs.jsonl could not get its next line \(8,[\d]+ bytes\): No space left'): append_result(root, long)
+    assert (root/'runs.jsonl').read_text() == '{"run": 0}\n'
+    (root/'ballast').unlink()
+    append_result(root, long)
+    assert read_results(root) == [dict(run=0), long]
+
+
+def test_a_read_only_folder(quick, tmp_path, disk):
+    """A disk that is made read-only between two updates, and one that always was."""
+    whole = run(quick.replace(experiment='whole'), tmp_path, progress=False)
+    root = disk('16m')
+    class Close(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3: close()
+    def close(): # what is open stays open, what is opened from now on may only be read
+        for line in (['mount', '--bind', root, root], ['mount', '-o', 'remount,bind,ro', root]): subprocess.run(line, check=True)
+    with pytest.raises(OSError, match=r'whole_bert_toy/(checkpoint-4|log.jsonl|tensorboard) could not .*Read-only file system.*'):
+        run(quick.replace(experiment='whole'), root, progress=False, callbacks=[Close()])
+    folder = root/'whole_bert_toy'
+    assert list(checkpoints(folder)) == [2] and damage(folder/'checkpoint-2') is None
+    with pytest.raises(OSError, match='Read-only file system.*whole_bert_toy'): run(quick.replace(experiment='whole'), root, resume=True, progress=False)
+    with pytest.raises(OSError, match='Read-only file system.*other_bert_toy'): run(quick.replace(experiment='other'), root, progress=False)
+    subprocess.run(['umount', root], check=True)
+    assert same_bytes(run(quick.replace(experiment='whole'), root, resume=True, progress=False), whole)
+
+
+def test_no_permission(quick, tmp_path):
+    """What another user owns: as that user's neighbour, who may read and not write."""
+    if os.geteuid(): pytest.skip('becoming another user takes root')
+    whole = run(quick.replace(experiment='whole'), tmp_path/'experiments', progress=False)
+    before = {p: p.read_bytes() for p in whole.rglob('*') if p.is_file()}
+    code = f"""
+import os
+from lad_nb.durable import append_line, write_text
+from lad_nb.training import hold
+os.setgid(65534); os.setuid(65534)
+run = 'experiments/whole_bert_toy'
+for deed in (lambda: append_line(run + '/log.jsonl', dict(step=1)), lambda: write_text(run + '/recipe.json', 'mine'), lambda: hold(run).__enter__(), lambda: hold(run + '/new').__enter__()):
+    try: deed()
+    except PermissionError as e: print(e)
+"""
+    for p in [*tmp_path.rglob('*'), tmp_path]: p.chmod(0o755 if p.is_dir() else 0o644)
+    said = in_a_process(code, tmp_path).stdout.splitlines()
+    assert len(said) == 4 and all('experiments/whole_bert_toy' in line for line in said) and 'bytes' in said[0] and 'bytes' in said[1]
+    assert {p: p.read_bytes() for p in whole.rglob('*') if p.is_file()} == before
+
+
+def test_only_the_newest_checkpoints_are_kept(quick, tmp_path):
+    folder = run(quick.replace(keep_ckpt=2), tmp_path, progress=False)
+    assert list(checkpoints(folder)) == [4, 6] and not list(folder.glob('.removing'))
+    with pytest.raises(ValueError, match='keep_ckpt is 0; a whole number from 1 up'): run(quick.replace(experiment='none', keep_ckpt=0), tmp_path, progress=False)
+    assert not experiment_folder('none', 'toy', root=tmp_path).exists() and Recipe().keep_ckpt is None

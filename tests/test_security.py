@@ -1,0 +1,238 @@
+"""Opening what somebody sent runs none of their code, reads and writes nothing outside the folder, and tells nobody."""
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from lad_nb.cli import main
+from lad_nb.data import load_tokenizer, model_folder
+from lad_nb.durable import seal
+from lad_nb.evaluation import evaluate
+from lad_nb.interchange import load_script_model
+from lad_nb.recipes import open_run, rerun, run
+from lad_nb.students import load_classifier, load_encoder
+from lad_nb.training import checkpoints, experiment_folder, find_checkpoint
+
+pytestmark = pytest.mark.faults
+
+
+class Poison:
+    """What a pickle can do when it is loaded."""
+    def __init__(self, marker): self.marker = str(marker)
+    def __reduce__(self): return open, (self.marker, 'w')
+
+
+PICKLES = ['pytorch_model.bin', 'optimizer.pt', 'scheduler.pt', 'rng_state.pth', 'training_args.bin', 'model-2.pt', 'scaler.pt', 'tf_model.h5', 'gates.bin']
+
+
+@pytest.fixture(scope='session')
+def finished(quick, tmp_path_factory): return run(quick, tmp_path_factory.mktemp('finished'), progress=False)
+
+
+@pytest.fixture
+def done(finished, tmp_path):
+    """A run of six updates, with checkpoints at 2, 4 and 6: a copy to do harm to."""
+    return Path(shutil.copytree(finished, tmp_path/'experiments'/finished.name))
+
+
+def cut(folder):
+    """As it was at update 4 of 6."""
+    shutil.rmtree(folder/'checkpoint-6')
+    for name in ('model.safetensors', 'gates.safetensors'): (folder/name).unlink()
+
+
+@pytest.mark.parametrize('as_zip', [False, True])
+def test_the_poison_works(tmp_path, as_zip):
+    """Otherwise the tests below would show nothing: a plain load runs it."""
+    poison(tmp_path/'x', tmp_path/'marker', as_zip)
+    (torch.load(tmp_path/'x', weights_only=False) if as_zip else pickle.loads((tmp_path/'x').read_bytes())).close()
+    assert (tmp_path/'marker').exists()
+
+
+def poison(path, marker, as_zip=True): torch.save(Poison(marker), path) if as_zip else path.write_bytes(pickle.dumps(Poison(marker)))
+
+
+@pytest.mark.parametrize('as_zip', [False, True])
+def test_a_poisoned_run_folder(quick, done, tmp_path, as_zip):
+    """Pickles of every name beside, and in, a run and its checkpoints, with checksums made to fit: opened, scored, resumed, run again."""
+    marker = tmp_path/'marker'
+    for place in (done, *checkpoints(done).values()):
+        for name in PICKLES: poison(place/name, marker, as_zip)
+        if place != done: seal(place)
+    open_run(done), open_run(done, 4), load_classifier(done, 'toy'), load_encoder(done), load_tokenizer(done), evaluate(done, 'toy', max_seq_len=32, device_id=-1)
+    cut(done)
+    with pytest.raises(ValueError, match='checkpoint-4 holds something else than tensors and numbers: .*nothing in it was run'): run(quick, done.parent, resume=True, progress=False)
+    assert not marker.exists()
+    rerun(done, 'again', progress=False)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize('name', ['optimizer.pt', 'scheduler.pt', 'rng_state.pth'])
+def test_each_file_that_a_resumed_run_reads(quick, done, tmp_path, name):
+    poison(done/'checkpoint-4'/name, tmp_path/'marker'); seal(done/'checkpoint-4'); cut(done)
+    with pytest.raises(ValueError, match='checkpoint-4 holds something else'): run(quick, done.parent, resume=True, progress=False)
+    assert not (tmp_path/'marker').exists()
+
+
+def test_weights_as_a_pickle_only(done, tmp_path):
+    """A folder without safetensors is refused, not converted."""
+    (done/'model.safetensors').unlink()
+    poison(done/'pytorch_model.bin', tmp_path/'marker')
+    for load in (load_classifier, load_encoder, load_tokenizer, model_folder):
+        with pytest.raises(FileNotFoundError, match='no model.safetensors'): load(done)
+    assert not (tmp_path/'marker').exists()
+
+
+def test_a_poisoned_checkpoint_of_the_papers_scripts(tmp_path):
+    (tmp_path/'config.json').write_text(json.dumps(dict(task='toy')))
+    for as_zip in (False, True):
+        poison(tmp_path/'model-2.pt', tmp_path/'marker', as_zip)
+        with pytest.raises(ValueError, match='does not load as plain tensors'): load_script_model(tmp_path, 2)
+    assert not (tmp_path/'marker').exists()
+
+
+def test_no_pickle_of_ours(done):
+    """Run folders hold no pickled objects: what torch writes loads as weights only."""
+    from transformers.trainer_pt_utils import safe_globals
+    for path in done.rglob('*'):
+        if path.suffix in ('.pt', '.pth'):
+            with safe_globals(): torch.load(path, weights_only=True)
+        assert path.suffix not in ('.bin', '.pkl', '.pickle', '.npy')
+    source = '\n'.join(p.read_text() for p in (ROOT/'lad_nb').glob('*.py'))
+    assert re.findall(r'torch\.load\(.*', source) and all('weights_only=True' in call for call in re.findall(r'torch\.load\(.*', source))
+    assert not re.search(r'pickle\.loads?\b|\beval\(|\bexec\(|joblib|allow_pickle|trust_remote_code=True|shell=True', source.replace('.eval()', ''))
+
+
+LINKS = ['log.jsonl', 'recipe.json', 'model.safetensors', 'tensorboard', 'checkpoint-4', 'checkpoint-4/model.safetensors', 'config.json']
+
+
+@pytest.mark.parametrize('name', LINKS)
+def test_a_link_out_of_a_run_folder(quick, done, tmp_path, name):
+    """Nothing is read or written through it."""
+    outside = tmp_path/'outside'
+    shutil.move(done/name, outside)
+    before = {p: p.read_bytes() for p in [outside, *outside.rglob('*')] if p.is_file()}
+    (done/name).symlink_to(outside)
+    for deed in (lambda: run(quick, done.parent, resume=True, progress=False), lambda: open_run(done), lambda: rerun(done), lambda: find_checkpoint(done, 4), lambda: load_classifier(done)):
+        with pytest.raises(ValueError, match=f'{name} is a link that leads out of its folder, to .*outside'): deed()
+    if '/' in name:
+        with pytest.raises(ValueError, match='leads out of its folder'): load_classifier(done/'checkpoint-4')
+    assert {p: p.read_bytes() for p in [outside, *outside.rglob('*')] if p.is_file()} == before
+
+
+def test_links_that_are_fine(done):
+    """Inside the folder, and the folder itself."""
+    (done/'best').symlink_to('checkpoint-4')
+    (done.parent/'linked_bert_toy').symlink_to(done)
+    open_run(done.parent/'linked_bert_toy')
+
+
+NAMES = ['../x', '..', '.', '', '/etc/x', 'a/b', 'a\\b', 'a\0b', '.hidden', 'a\n', ' ', '~', '$HOME', 'a;b', '..\\x', 'a/../../b', '\u202ex', 'x'*300]
+
+
+@pytest.mark.parametrize('name', [n if i < 8 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(NAMES)])
+def test_names_that_lead_elsewhere(quick, tmp_path, capsys, name):
+    """As the experiment, the task, the kind of model, the teacher's experiment, a split; in Python and on the command line."""
+    root = tmp_path/'deep'/'er'/'experiments'
+    root.mkdir(parents=True)
+    before = sorted(tmp_path.rglob('*'))
+    for change in (dict(experiment=name), dict(task=name), dict(model=name), dict(teacher=None, teacher_exp=name), dict(dataset=name), dict(teacher=name)):
+        if change in (dict(model='x'*300),): continue
+        with pytest.raises((ValueError, OSError)): run(quick.replace(**change), root, progress=False)
+        if '\0' in name: continue # no command line can hold it
+        flags = [f'--{k}={v}' for k, v in (dict(experiment='a', task='toy', teacher_exp='b', device_id='-1') | {k: v for k, v in change.items() if v is not None}).items()]
+        assert main(['run_lad_distil', *flags, '--num_hidden_layers', '2', '--root', str(root)]) == 2
+        assert 'Traceback' not in capsys.readouterr().err
+    assert sorted(tmp_path.rglob('*')) == before
+    if name != 'x'*300:
+        with pytest.raises(ValueError, match='letters, digits'): experiment_folder(name, 'toy', root=root)
+
+
+REMOTE = {'config.json': dict(auto_map={'AutoConfig': 'evil.Config', 'AutoModelForSequenceClassification': 'evil.Model'}), 'tokenizer_config.json': dict(auto_map={'AutoTokenizer': ['evil.Tokenizer', None]}),
+          'config.json ': dict(attn_implementation='somebody/kernels'), 'config.json  ': dict(model_type='evil', auto_map={'AutoConfig': 'evil.Config'}), 'config.json   ': dict(custom_pipelines={'x': dict(impl='evil.Pipe')})}
+
+
+@pytest.mark.parametrize('file', REMOTE)
+def test_a_model_that_asks_for_code(quick, tiny, tmp_path, file):
+    folder = tmp_path/'model'
+    shutil.copytree(tiny, folder)
+    (folder/'evil.py').write_text(f"open({str(tmp_path/'marker')!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Tokenizer: pass\n")
+    path = folder/file.strip()
+    path.write_text(json.dumps(json.loads(path.read_text()) | REMOTE[file]))
+    for load in (load_classifier, load_encoder, load_tokenizer, lambda f: run(quick.replace(teacher=str(f)), tmp_path, progress=False), lambda f: run(quick.replace(ptrain_ver=str(f)), tmp_path, progress=False)):
+        with pytest.raises(ValueError, match='asks for code from elsewhere .*lad_nb runs no code of model folders'): load(folder)
+    assert not (tmp_path/'marker').exists() and not (tmp_path/'quick_bert_toy').exists()
+
+
+HOSTILE = [dict(experiment='../x'), dict(experiment=5), dict(task='../toy'), dict(lr='3e-4'), dict(total_step=True), dict(gate_indices=['2']), dict(gate_indices='2'), dict(__class__='x'), dict(seed=1.5), dict(mask_padding=1),
+           dict(num_hidden_layers='__import__("os")'), dict(dropout=None), dict(teacher=['a']), dict(softmax_temp={})]
+
+
+@pytest.mark.parametrize('change', HOSTILE, ids=str)
+def test_hostile_recipes(done, change):
+    said = json.loads((done/'recipe.json').read_text())
+    said['recipe'] |= change
+    (done/'recipe.json').write_text(json.dumps(said))
+    before = sorted(done.parent.rglob('*'))
+    with pytest.raises(ValueError, match=next(iter(change)) if 'experiment' not in change or change['experiment'] == 5 else 'letters, digits'): rerun(done, 'x' if 'experiment' not in change else None, progress=False)
+    assert sorted(done.parent.rglob('*')) == before
+
+
+@pytest.mark.parametrize('teacher', ['somebody/model', '../x', '', 5, None, dict(a=1)])
+def test_a_run_that_names_a_teacher_elsewhere(done, teacher):
+    """Opening a run asks no hub for the teacher that it names."""
+    said = json.loads((done/'recipe.json').read_text())
+    said['teacher'] = dict(folder=teacher)
+    (done/'recipe.json').write_text(json.dumps(said))
+    with pytest.raises(FileNotFoundError, match='there is no such folder here'): open_run(done)
+
+
+@pytest.mark.parametrize('text', ['[]', '5', 'null', '{', '', '\0', '['*100_000, '"x"'])
+def test_a_description_that_is_none(done, text):
+    (done/'recipe.json').write_text(text)
+    for deed in (open_run, rerun):
+        with pytest.raises(ValueError, match='recipe.json'): deed(done)
+
+
+def test_nobody_is_told(tiny, quick, tmp_path):
+    """Imports, a run, its scores and a rerun, with the hub allowed: no name is looked up, no connection tried."""
+    code = f"""
+import sys
+def look(event, args):
+    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname', 'socket.sendto'): print('asked:', event, args[1:] if event == 'socket.connect' else args, flush=True)
+sys.addaudithook(look)
+import lad_nb.cli, lad_nb.study, lad_nb.widgets, lad_nb.interchange
+from lad_nb.recipes import open_run, recipe_from_dict, rerun, run
+from lad_nb.evaluation import evaluate
+folder = run(recipe_from_dict({quick.to_dict()!r}), {str(tmp_path)!r}, progress=False)
+evaluate(folder, 'toy', max_seq_len=32, device_id=-1), open_run(folder), rerun(folder, progress=False)
+import socket
+try: socket.create_connection(('127.0.0.1', 9), timeout=1)
+except OSError: pass
+"""
+    env = {k: v for k, v in os.environ.items() if k not in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HF_HUB_DISABLE_TELEMETRY')}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    asked = [line for line in done.stdout.splitlines() if line.startswith('asked:')]
+    assert len(asked) == 2 and all("'127.0.0.1'" in line and ', 9' in line for line in asked), asked # the last lines of the program itself: the watch works
+
+
+def test_jupyter_is_for_this_machine_alone():
+    """No page tells to open JupyterLab to the network or to take its token away."""
+    pages = [*ROOT.glob('*.md'), *ROOT.glob('nbs/**/*.ipynb'), *ROOT.glob('tests/*.py'), *ROOT.glob('.ci/*')]
+    text = {p: p.read_text() for p in pages if p != Path(__file__)}
+    bad = re.compile(r'''--ip[= ]['"]?(\*|0\.0\.0\.0|::)|allow_remote_access|allow_origin|disable_check_xsrf|token=(''|""| |\\|$)|IdentityProvider\.token\W*(''|"")|password=(''|"")''')
+    assert len(text) > 30 and not [(p.name, m[0]) for p, t in text.items() for m in [bad.search(t)] if m]
+
+
+def test_what_is_promised_is_written_down():
+    text = (ROOT/'SECURITY.md').read_text()
+    for said in ('pickle', 'safetensors', 'symbolic link', 'loopback', 'telemetry', 'report', 'Not promised', 'pytest --slow -m faults'): assert said in text, said
