@@ -356,7 +356,8 @@ def open_task(
     "A task of one's own, known by its name again"
     path = Path(folder)/'task.json'
     if not path.is_file(): raise FileNotFoundError(f"{folder} has no task.json: it is no folder that write_task wrote.")
-    task = Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in read_json(path).items()})
+    try: task = Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in read_json(path).items()})
+    except (TypeError, AttributeError) as e: raise ValueError(f"{path} describes no task ({e}). Write it anew with write_task.") from None
     if task.name in _glue or task.name == 'toy': raise ValueError(f"{path} names its task {task.name!r}, which is a built-in one.")
     tasks[task.name] = task
     return task

@@ -432,6 +432,6 @@ def open_study(
         results = Path(tempfile.mkdtemp())
         study = miniature(study, encoder=random_bert(results/'encoder'))
         run_study(study, results, results, say=lambda line: None)
-        for folder in results.glob('*_bert_*'): shutil.rmtree(folder)
+        for folder in results.glob('*_bert_*'): remove_folder(folder)
     elif rerun: run_study(study, root, results, processes=processes)
     return study, results
