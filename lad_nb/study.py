@@ -176,7 +176,7 @@ def jobs(
     for seed, task, method in grid:
         if stage == 'tune': recipes = [study.tuning_recipe(task, method, lr) for lr in study.lrs]
         else: recipes = [study.recipe(task, method, seed, chosen[task, method] if chosen else None)]
-        tuning = dict(study=study.tuned_as or study.name, held_out=study.held_out[task], looks=()) if stage == 'tune' else dict(study=study.name, held_out=0, looks=study.looks)
+        tuning = dict(study=study.tuned_as or study.name, held_out=study.held_out.get(task), looks=()) if stage == 'tune' else dict(study=study.name, held_out=0, looks=study.looks)
         out += [dict(stage=stage, task=task, method=method, seed=seed, recipe=r.to_dict(), **tuning) for r in recipes]
     return out
 
