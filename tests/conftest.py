@@ -36,7 +36,7 @@ def experiments(tmp_path_factory):
     from lad_nb.recipes import rte, run
     from lad_nb.students import random_bert
     root = tmp_path_factory.mktemp('experiments')
-    run(rte['fine_tune'].replace(experiment='teacher', ptrain_ver=str(random_bert(root/'encoder')), lr=5e-5, **FEW), root, progress=False)
+    run(rte['fine_tune'].replace(experiment='teacher', ptrain_ver=str(random_bert(root/'encoder', num_attention_heads=12)), lr=5e-5, **FEW), root, progress=False)
     return root
 
 

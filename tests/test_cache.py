@@ -72,7 +72,7 @@ def slowly(*args):
     time.sleep({nap})
     return ask(*args)
 cache._ask = slowly
-found = cache.teacher_cache(teacher, data, tokenizer, {root!r}, progress=False, shard_bytes=2**21)
+found = cache.teacher_cache(teacher, data, tokenizer, {root!r}, progress=False, shard_bytes=2**18)
 print(len(count), len(found.shards), float(found.batch([0, 60, 119], 32)[1].double().sum()))
 """
 
@@ -107,10 +107,10 @@ def test_a_full_disk_keeps_what_was_written(rows, tmp_path):
         written.append(number)
         return _write(tensors, folder, number)
     with patch('lad_nb.cache._write', new=full), pytest.raises(OSError, match=r'could not write [\d,]+ bytes to .*00002-.*No space left'):
-        teacher_cache(teacher, data, tokenizer, tmp_path, progress=False, shard_bytes=2**21)
+        teacher_cache(teacher, data, tokenizer, tmp_path, progress=False, shard_bytes=2**18)
     folder, = tmp_path.iterdir()
     assert written == [0, 1] and len(list(folder.glob('*.safetensors'))) == 2 and not list(folder.glob('*.part'))
-    with patch('lad_nb.cache._write', side_effect=lambda t, f, n: written.append(n) or _write(t, f, n)): cache = teacher_cache(teacher, data, tokenizer, tmp_path, progress=False, shard_bytes=2**21)
+    with patch('lad_nb.cache._write', side_effect=lambda t, f, n: written.append(n) or _write(t, f, n)): cache = teacher_cache(teacher, data, tokenizer, tmp_path, progress=False, shard_bytes=2**18)
     assert written == list(range(len(cache.shards)))
     assert json.loads((folder/'cache.json').read_text())['bytes'] == cache.nbytes
 

@@ -129,6 +129,6 @@ def test_every_method_trains_and_opens(experiments, lad, method):
 
 
 def test_losses_fall_when_there_is_something_to_learn(experiments, lad):
-    log = read_log(run(lad.replace(experiment='falls', total_step=30, warmup_step=3, log_step=5), experiments, progress=False))
+    log = read_log(run(lad.replace(experiment='falls', lr=2e-3, total_step=30, warmup_step=3, log_step=5), experiments, progress=False))
     assert log[-1]['hidden_1'] < .7*log[0]['hidden_1'] and log[-1]['loss'] < .7*log[0]['loss']
     assert FEW['total_step'] < 30
