@@ -7,5 +7,3 @@ def test_exact_mode_beats_the_plain_loop_and_the_cache_beats_both():
     ratios = {mode: r['median'] for mode, r in found['ratios'].items()}
     assert ratios['exact'] > 1.1, f"exact mode was to beat the plain loop by 1.1 at least: {found['ratios']}"
     assert ratios['fast_cached'] > 2*ratios['exact'], f"rows of some 20 tokens were padded to 128 and the teacher was asked: {found['ratios']}"
-    memory = {mode: m['peak_memory_mb'] for mode, m in found['modes'].items()}
-    assert memory['plain'] > 0
