@@ -8,16 +8,18 @@ __all__ = ['tasks', 'NAMES', 'KINDS', 'OPPOSITES', 'DEEDS', 'ACTIONS', 'THINGS',
            'people', 'places', 'toy_examples', 'find_data', 'features', 'splits', 'load_task', 'write_task',
            'open_task', 'model_folder', 'check_model', 'load_tokenizer', 'encode', 'collator']
 
-# %% ../nbs/00_data.ipynb #f872cdda
-import contextlib, importlib.util, json, os, random, re, warnings
+# %% ../nbs/00_data.ipynb #9cd09a68
+import contextlib, hashlib, importlib.util, json, os, random, re, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
-import datasets
+import datasets, pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets.fingerprint import Hasher
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoTokenizer, DataCollatorWithPadding
@@ -79,21 +81,22 @@ def get_task(
     if task in tasks: return tasks[task]
     raise ValueError(f"There is no task {task!r}. Tasks are: {', '.join(tasks)}. One of your own is made known by write_task or open_task.")
 
-# %% ../nbs/00_data.ipynb #ff187800
+# %% ../nbs/00_data.ipynb #90531dae
 def _lines(path):
     "Number and text of every line; a byte order mark, CR before LF and a missing last newline are fine"
-    raw = Path(path).read_bytes().removeprefix(b'\xef\xbb\xbf')
-    if not raw: raise ValueError(f"{path} is empty. A TSV file with one row a line was expected.")
-    for n, line in enumerate(raw.removesuffix(b'\n').split(b'\n'), start=1):
-        try: text = line.removesuffix(b'\r').decode('utf-8')
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path}, line {n}: byte {e.start + 1} is not UTF-8. Save the file as UTF-8.") from None
-        if (bad := {'\0': 'a NUL character', '\r': 'a carriage return'}.keys() & set(text)):
-            raise ValueError(f"{path}, line {n}: has {'a NUL character' if chr(0) in bad else 'a carriage return inside the line'}. "
-                             "A line of tab-separated text was expected.")
-        yield n, text
+    with open(path, 'rb') as f:
+        if f.read(3) != b'\xef\xbb\xbf': f.seek(0)
+        if not f.peek(1): raise ValueError(f"{path} is empty. A TSV file with one row a line was expected.")
+        for n, line in enumerate(f, start=1):
+            try: text = line.removesuffix(b'\n').removesuffix(b'\r').decode('utf-8')
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{path}, line {n}: byte {e.start + 1} is not UTF-8. Save the file as UTF-8.") from None
+            if (bad := {'\0': 'a NUL character', '\r': 'a carriage return'}.keys() & set(text)):
+                raise ValueError(f"{path}, line {n}: has {'a NUL character' if chr(0) in bad else 'a carriage return inside the line'}. "
+                                 "A line of tab-separated text was expected.")
+            yield n, text
 
-# %% ../nbs/00_data.ipynb #0488e0ac
+# %% ../nbs/00_data.ipynb #24f2caf5
 def read_tsv(
     path: str,           # the file
     task: str,           # whose columns and labels to expect
@@ -101,6 +104,10 @@ def read_tsv(
     bad_rows: str='raise', # `skip` drops rows with a wrong number of fields, with a warning that counts them
 ) -> list:               # of rows: {'sentence1', 'sentence2', 'label', 'idx'}; label is an id, or a float for regression
     "The rows of one raw GLUE file; `ValueError` names file, line and what was expected"
+    return list(_rows(path, task, labelled, bad_rows))
+
+def _rows(path, task, labelled, bad_rows):
+    "The same, one after another"
     task, path = get_task(task), Path(path)
     if bad_rows not in ('raise', 'skip'): raise ValueError(f"bad_rows is {bad_rows!r}; it is 'raise' or 'skip'.")
     lines = _lines(path)
@@ -111,7 +118,7 @@ def read_tsv(
         raise ValueError(f"{path}, line 1: no column {', '.join(map(repr, missing))}; the columns are {', '.join(map(repr, header))}. "
                          f"The task {task.name} needs {', '.join(map(repr, wanted))}.")
     if doubled := [c for c in wanted if header.count(c) > 1]: raise ValueError(f"{path}, line 1: column {doubled[0]!r} is there twice.")
-    rows, skipped = [], []
+    idx, skipped = 0, []
     for n, text in lines:
         fields = text.split('\t')
         if len(fields) != len(header):
@@ -121,10 +128,10 @@ def read_tsv(
         row = dict(zip(header, fields))
         out = {f'sentence{i + 1}': row[c] for i, c in enumerate(wanted[:len(task.columns)])}
         if labelled: out['label'] = _label(task, row[task.label_column], path, n)
-        rows.append(out | {'idx': len(rows)})
+        yield out | {'idx': idx}
+        idx += 1
     if skipped: warnings.warn(f"{path}: left out {len(skipped)} lines with a wrong number of fields, the first at {skipped[:5]}.")
-    if not rows: raise ValueError(f"{path} has a header and no rows.")
-    return rows
+    if not idx: raise ValueError(f"{path} has a header and no rows.")
 
 def _label(task, text, path, n):
     if task.regression:
@@ -254,7 +261,7 @@ def _toy_split(split):
     if split == 'test': names.pop('label')
     return Dataset.from_list(rows, features=names)
 
-# %% ../nbs/00_data.ipynb #6f386906
+# %% ../nbs/00_data.ipynb #c97664f6
 _glue = tuple(name for name in tasks if name != 'toy')
 _hub_splits = {'dev': 'validation', 'dev_matched': 'validation_matched', 'dev_mismatched': 'validation_mismatched'}
 
@@ -278,10 +285,29 @@ def features(task):
 def _from_folder(task, folder, split, bad_rows):
     path = folder/f'{split}.tsv'
     if not path.is_file(): raise FileNotFoundError(f"There is no file {path}. A {task.name} folder holds {', '.join(f'{s}.tsv' for s in splits(task))}.")
-    rows = read_tsv(path, task, labelled=split not in task.test, bad_rows=bad_rows)
     names = features(task)
     if split in task.test: names.pop('label')
-    return Dataset.from_list(rows, features=names)
+    rows = _rows(path, task, split not in task.test, bad_rows)
+    return Dataset.from_list(list(rows), features=names) if path.stat().st_size <= _in_memory else _from_arrow(path, task, split, bad_rows, rows, names)
+
+_in_memory = 2**25 # bytes of a TSV file; the rows of a larger one stay on disk
+
+def _from_arrow(path, task, split, bad_rows, rows, names):
+    "The rows of a large file, memory-mapped from a copy that is named by content and lies with the other caches of `datasets`"
+    with open(path, 'rb') as f: content = hashlib.file_digest(f, 'sha256').hexdigest()
+    name = hashlib.sha256(json.dumps(dict(form=1, content=content, task=asdict(task), labelled=split not in task.test, bad_rows=bad_rows), sort_keys=True).encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE)/'lad_nb'/name
+    folder.mkdir(parents=True, exist_ok=True)
+    arrow, part = folder/'rows.arrow', folder/'rows.part'
+    with FileLock(folder/'lock'):
+        if bad_rows == 'skip' or not arrow.is_file(): # a copy would not tell again what was left out
+            try:
+                with pa.OSFile(str(part), 'wb') as f, pa.ipc.new_stream(f, names.arrow_schema) as out:
+                    while some := list(islice(rows, 10_000)): out.write_table(pa.Table.from_pylist(some, schema=names.arrow_schema))
+                os.replace(part, arrow)
+            except OSError as e: raise OSError(e.errno, f"The rows of {path} could not be written to {arrow}: {e.strerror or e}. Make room there, or set HF_DATASETS_CACHE to a folder that has it") from e
+            finally: part.unlink(missing_ok=True)
+    return Dataset.from_file(str(arrow))
 
 def _from_hub(task, split):
     hub_columns = task.hub_columns or task.columns
@@ -427,20 +453,20 @@ def load_tokenizer(
     "The tokenizer that lies beside a model"
     return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
 
-# %% ../nbs/00_data.ipynb #0e560efb
+# %% ../nbs/00_data.ipynb #e72b7c6d
 def encode(
     data: Dataset,        # what `load_task` gives
     tokenizer,            # the teacher's and the student's: they share it
     max_seq_len: int=128, # S: longer pairs are cut, the longer sentence first
 ) -> Dataset:             # input_ids, token_type_ids, attention_mask (lists, unpadded), labels if there are any
-    "Tokenise a split once; rows keep their order"
+    "Tokenise a split once; rows keep their order. What is read from disk goes back to disk, never held whole"
     limit = getattr(tokenizer, 'model_max_length', max_seq_len)
     if not 4 <= max_seq_len <= limit: raise ValueError(f"max_seq_len is {max_seq_len}; 4 to {limit} is allowed by this tokenizer.")
     def tokenise(rows):
         out = tokenizer(rows['sentence1'], rows.get('sentence2'), truncation=True, max_length=max_seq_len, return_token_type_ids=True)
         return dict(out) | ({'labels': rows['label']} if 'label' in rows else {})
     name = Hasher.hash((data._fingerprint, tokenizer.name_or_path, len(tokenizer), max_seq_len)) # datasets would pickle the tokenizer for one, which takes a second
-    with _bars(len(data) > 20_000): return data.map(tokenise, batched=True, remove_columns=data.column_names, desc='tokenise', keep_in_memory=True, new_fingerprint=name)
+    with _bars(len(data) > 20_000): return data.map(tokenise, batched=True, remove_columns=data.column_names, desc='tokenise', keep_in_memory=not data.cache_files, load_from_cache_file=False, new_fingerprint=name)
 
 @contextlib.contextmanager
 def _bars(wanted):

@@ -1,5 +1,5 @@
 """Readers against the real files, against the layouts of tasks that are not here, and against the hub's."""
-import numpy as np
+import datasets, numpy as np, pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset
 
@@ -91,3 +91,45 @@ def test_sampling_is_the_runs_own(glue, monkeypatch):
     monkeypatch.setenv('LAD_NB_GLUE', str(glue))
     a, b, c = (load_task('sst2', 'train', size=50, sample_seed=s)['idx'] for s in (0, 0, 1))
     assert list(a) == list(b) != list(c)
+
+@pytest.fixture
+def on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, '_in_memory', 0)
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path/'cache')
+    folder = tmp_path/'RTE'
+    folder.mkdir()
+    def write(n, last='b'):
+        lines = [f'{i}\tsentence {i} "\tthe other {i}\t{("entailment", "not_entailment")[i % 2]}' for i in range(n)]
+        (folder/'train.tsv').write_text('\n'.join(['index\tsentence1\tsentence2\tlabel', *lines, f'{n}\ta\t{last}\tentailment', '']))
+        return str(folder)
+    return write
+
+
+def test_large_files_stay_on_disk(on_disk, tmp_path, monkeypatch):
+    "The same rows as from memory, and the same token ids; nothing of them is held by Arrow; a copy is found again, and made anew when the file changes"
+    where, copies = on_disk(25_000), lambda: sorted((tmp_path/'cache').glob('lad_nb/*/rows.arrow'))
+    tokenizer, before = load_tokenizer(SMALL), pa.total_allocated_bytes()
+    rows = load_task('rte', data_dir=where)
+    ids = encode(rows, tokenizer, 32)
+    assert rows.cache_files and ids.cache_files and len(copies()) == 1
+    assert pa.total_allocated_bytes() - before < 1e5
+    assert rows.to_list() == read_tsv(f'{where}/train.tsv', 'rte')
+    monkeypatch.setattr(data, '_in_memory', 2**25)
+    held = load_task('rte', data_dir=where)
+    assert not held.cache_files and held.features == rows.features and pa.total_allocated_bytes() - before > 1e6
+    assert encode(held.select(range(300)), tokenizer, 32).to_list() == ids.select(range(300)).to_list()
+    assert load_task('rte', data_dir=where, size=50)['idx'] == rows.shuffle(seed=0).select(range(50))['idx']
+    monkeypatch.setattr(data, '_in_memory', 0)
+    made = copies()[0].stat().st_mtime_ns
+    assert load_task('rte', data_dir=where)[0] == rows[0] and copies()[0].stat().st_mtime_ns == made
+    assert load_task('rte', data_dir=on_disk(25_000, 'c'))[25_000]['sentence2'] == 'c' and len(copies()) == 2
+    assert rows[25_000]['sentence2'] == 'b'
+
+
+def test_a_large_file_with_a_bad_line_leaves_nothing(on_disk, tmp_path):
+    where = on_disk(12_000, 'b\tone field too many')
+    for _ in range(2):
+        with pytest.raises(ValueError, match='train.tsv, line 12002: 5 fields; 4 were expected'): load_task('rte', data_dir=where)
+        assert not [f for f in (tmp_path/'cache').rglob('rows.*')]
+    for _ in range(2):
+        with pytest.warns(UserWarning, match='left out 1 lines'): assert len(load_task('rte', data_dir=where, bad_rows='skip')) == 12_000
