@@ -359,7 +359,7 @@ quirks = replace(_like_lad, name='quirks', looks=('agreement', 'contributions'),
     'random embeddings': dict(method='lad', copy_embeddings=False), 'sequence norm': dict(method='lad', norm='sequence', **_padded), 'unmasked loss': dict(method='lad', mask_padding=False, **_padded),
     'exact': dict(method='lad', norm='sequence', mask_padding=False, length_groups=False, **_padded)})
 
-# %% ../nbs/14_study.ipynb #6a1ef139
+# %% ../nbs/14_study.ipynb #a0fe1fa4
 @dataclass(frozen=True)
 class Claim:
     "That one method does better than another"
@@ -392,14 +392,14 @@ def verdicts(
     claims: tuple=claims,  # those whose methods are not in the results are left out
     **how,                 # level, resamples, seed: as in `analysis.interval`
 ) -> pd.DataFrame:         # section, claim, task, metric, n, mean, low, high (t interval of the paired difference), verdict
-    "Which claims hold, as far as these runs can tell"
+    "Which claims hold, as far as these runs can tell; from three seeds on"
     rows, there = [], set(results.method)
     for c in (c for c in claims if {c.better, c.worse} <= there):
         pairs = paired_differences(results[results.method.isin((c.better, c.worse))], c.worse, **how)
-        rows += [dict(section=c.section, claim=c.text, task=d.task, metric=d.metric, n=d.n, mean=d.mean, low=d.t_low, high=d.t_high, verdict=_verdict(d.t_low, d.t_high)) for d in pairs.itertuples(index=False) if d.n]
+        rows += [dict(section=c.section, claim=c.text, task=d.task, metric=d.metric, n=d.n, mean=d.mean, low=d.t_low, high=d.t_high, verdict=_verdict(d.n, d.t_low, d.t_high)) for d in pairs.itertuples(index=False) if d.n]
     return pd.DataFrame(rows, columns=['section', 'claim', 'task', 'metric', 'n', 'mean', 'low', 'high', 'verdict'])
 
-def _verdict(low, high): return 'holds' if low > 0 else 'does not hold' if high < 0 else "can't tell here"
+def _verdict(n, low, high): return "can't tell here" if n < 3 else 'holds' if low > 0 else 'does not hold' if high < 0 else "can't tell here"
 
 def first_metric(
     results: pd.DataFrame, # from `collect`
