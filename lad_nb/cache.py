@@ -176,6 +176,6 @@ def _lock(folder):
     lock = FileLock(folder/'lock')
     try: lock.acquire(timeout=.1)
     except Timeout:
-        print(f'teacher cache: another process builds {folder.name}; waiting for it', file=sys.stderr)
+        print(f'teacher cache: another process builds or checks {folder.name}; waiting for it', file=sys.stderr)
         lock.acquire()
     return lock
