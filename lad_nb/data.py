@@ -302,8 +302,10 @@ def _from_arrow(path, task, split, bad_rows, rows, names):
     with FileLock(folder/'lock'):
         if bad_rows == 'skip' or not arrow.is_file(): # a copy would not tell again what was left out
             try:
-                with pa.OSFile(str(part), 'wb') as f, pa.ipc.new_stream(f, names.arrow_schema) as out:
-                    while some := list(islice(rows, 10_000)): out.write_table(pa.Table.from_pylist(some, schema=names.arrow_schema))
+                with open(part, 'wb') as f:
+                    with pa.ipc.new_stream(f, names.arrow_schema) as out:
+                        while some := list(islice(rows, 10_000)): out.write_table(pa.Table.from_pylist(some, schema=names.arrow_schema))
+                    f.flush(); os.fsync(f.fileno()) # a torn copy would be read as fewer rows
                 os.replace(part, arrow)
             except OSError as e: raise OSError(e.errno, f"The rows of {path} could not be written to {arrow}: {e.strerror or e}. Make room there, or set HF_DATASETS_CACHE to a folder that has it") from e
             finally: part.unlink(missing_ok=True)
