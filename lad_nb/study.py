@@ -28,7 +28,7 @@ from .recipes import FAST, Recipe, recipe_from_dict, run, run_description
 from .students import load_classifier, random_bert
 from .training import checkpoints, experiment_folder, read_log, versions
 
-# %% ../nbs/14_study.ipynb #8a626c37
+# %% ../nbs/14_study.ipynb #6c15ec6d
 @dataclass(frozen=True)
 class Study:
     "Methods x tasks x seeds, and how each method's learning rate is chosen"
@@ -38,13 +38,16 @@ class Study:
     tasks: dict           # {task: changes}
     methods: dict         # {label: changes}, {'LAD': dict(method='lad')} say
     seeds: tuple = (42, 43, 44, 45, 46)
-    lrs: tuple = ()       # learning rates to choose from; none: the recipe's is taken
+    lrs: dict = field(default_factory=dict)      # {task: learning rates to choose from}; none: the recipe's is taken
     held_out: dict = field(default_factory=dict) # {task: rows}: the end of the drawn training rows, on which rates are compared
     tuning: dict = field(default_factory=dict)   # {task: changes} for tuning runs: fewer updates, say
     tuning_seed: int = 0  # of all tuning runs; none of the seeds above
     tuned_as: str = None  # the study whose tuning runs count, when it is another
     rates_of: tuple = None # (study, method): all methods here take the learning rates that were chosen for that one
     looks: tuple = ('agreement', 'layer_map', 'contributions') # what is kept of every run, see `look`
+
+    def __post_init__(self):
+        if not isinstance(self.lrs, dict): raise TypeError(f"lrs is {self.lrs!r}; it names the rates of each task: lrs={{{next(iter(self.tasks), 'sst2')!r}: (1e-4, 3e-4)}}, say.")
 
     def recipe(self, task, method, seed, lr=None) -> Recipe:
         "The recipe of one run"
@@ -163,7 +166,7 @@ def _processor():
     names = {l.partition(':')[2].strip() for l in info.read_text().splitlines() if l.startswith('model name')} if info.is_file() else set()
     return f"{names.pop() if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
-# %% ../nbs/14_study.ipynb #98fdbcb7
+# %% ../nbs/14_study.ipynb #ca32dfcc
 def jobs(
     study: Study,
     results: str, # folder of the results: chosen rates are read there
@@ -172,10 +175,10 @@ def jobs(
     "Every run of a stage, in order"
     grid = [(seed, task, method) for seed in ([study.tuning_seed] if stage == 'tune' else study.seeds) for task in study.tasks for method in study.methods]
     out = []
-    chosen = chosen_lrs(study, results) if stage == 'run' and (study.lrs or study.rates_of) else None
+    chosen = chosen_lrs(study, results) if stage == 'run' else {}
     for seed, task, method in grid:
-        if stage == 'tune': recipes = [study.tuning_recipe(task, method, lr) for lr in study.lrs]
-        else: recipes = [study.recipe(task, method, seed, chosen[task, method] if chosen else None)]
+        if stage == 'tune': recipes = [study.tuning_recipe(task, method, lr) for lr in study.lrs.get(task, ())]
+        else: recipes = [study.recipe(task, method, seed, chosen.get((task, method)))]
         tuning = dict(study=study.tuned_as or study.name, held_out=study.held_out.get(task), looks=()) if stage == 'tune' else dict(study=study.name, held_out=0, looks=study.looks)
         out += [dict(stage=stage, task=task, method=method, seed=seed, recipe=r.to_dict(), **tuning) for r in recipes]
     return out
@@ -194,16 +197,16 @@ def chosen_lrs(
     study: Study,
     results: str, # folder of the results
 ) -> dict:        # {(task, method): learning rate}
-    "The rate with the best held-out score by the task's first metric; the smaller of equals"
+    "The rate with the best held-out score by the task's first metric, the smaller of equals; tasks that have none to choose from are left out"
     if study.rates_of:
         other, method = study.rates_of
         found = chosen_lrs(replace(other, tasks={t: other.tasks[t] for t in study.tasks}, methods={method: other.methods[method]}), results)
         return {(task, m): found[task, method] for task in study.tasks for m in study.methods}
     table, out = tuning_table(study, results), {}
-    for task in study.tasks:
+    for task in [t for t in study.tasks if study.lrs.get(t)]:
         for method in study.methods:
             rows = table[(table.task == task) & (table.method == method)].sort_values('lr')
-            if len(rows) < len(study.lrs): raise ValueError(f"{method} on {task} has {len(rows)} of {len(study.lrs)} tuning runs. Run them first: run_study(study, ..., stage='tune').")
+            if len(rows) < len(study.lrs[task]): raise ValueError(f"{method} on {task} has {len(rows)} of {len(study.lrs[task])} tuning runs. Run them first: run_study(study, ..., stage='tune').")
             out[task, method] = float(rows.loc[rows.value.idxmax(), 'lr'])
     return out
 
@@ -274,7 +277,7 @@ class _Pace:
         end = f", about {timedelta(seconds=round(seconds))}, ends {datetime.now() + timedelta(seconds=seconds):%H:%M}" if self.left else ''
         return f"[{self.all - len(self.left)}/{self.all}] {job['task']} {job['method']} {what}: {scores} in {line['seconds']:.0f} s; {len(self.left)} left{end}"
 
-# %% ../nbs/14_study.ipynb #5f40d989
+# %% ../nbs/14_study.ipynb #36309a37
 def collect(
     study: Study,
     results: str, # folder of the results
@@ -303,7 +306,7 @@ def cost(
         for task in study.tasks:
             mine = [l for l in _finished(study, results, stage) if l['task'] == task]
             said = lambda get: ', '.join(sorted({str(get(l)) for l in mine}))
-            rows.append(dict(task=task, stage=stage, runs=len(mine), of=len(study.methods)*len(study.lrs if stage == 'tune' else study.seeds), updates=(study.tasks[task] | (study.tuning.get(task, {}) if stage == 'tune' else {})).get('total_step', study.base.total_step),
+            rows.append(dict(task=task, stage=stage, runs=len(mine), of=len(study.methods)*len(study.lrs.get(task, ()) if stage == 'tune' else study.seeds), updates=(study.tasks[task] | (study.tuning.get(task, {}) if stage == 'tune' else {})).get('total_step', study.base.total_step),
                              core_hours=round(sum(l['seconds']*l['versions']['threads'] for l in mine)/3600, 2), machine=said(lambda l: l['versions']['processor']), code=said(lambda l: l['code'].get('commit', l['code']['sha256'])), last=max((l['finished'][:10] for l in mine), default='')))
     return pd.DataFrame(rows)
 
@@ -331,7 +334,7 @@ def _ready(study, results):
     waiting = {j['task'] for j in missing(replace(other, methods={m: c for m, c in other.methods.items() if method in (None, m)}), results, 'tune')}
     return replace(study, tasks={t: c for t, c in study.tasks.items() if t not in waiting})
 
-# %% ../nbs/14_study.ipynb #edaf73ec
+# %% ../nbs/14_study.ipynb #ac0a01b3
 _teacher = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=5e-5, soft_weight=0., hard_weight=1., mu=0., length_groups=True, device_id=-1)
 _sst2, _mrpc = dict(train_size=8000, max_seq_len=64, total_step=500, warmup_step=50, ckpt_step=500), dict(train_size=3667, total_step=342, warmup_step=34, ckpt_step=342)
 section5 = Study('section5',
@@ -342,13 +345,13 @@ section5 = Study('section5',
              'LAD': dict(method='lad'), 'LAD-NO': dict(method='lad_no'), 'LAD-CLS': dict(method='lad_cls'),
              'partial LAD 1': dict(method='partial_lad', gate_indices=(2,)), 'partial LAD 2': dict(method='partial_lad', gate_indices=(2, 4)),
              'frozen gates': dict(method='lad', gate_lr=0.), 'layer mean': dict(method='layer_mean')},
-    lrs=(1e-4, 3e-4, 9e-4), held_out=dict(sst2=1000, mrpc=667),
+    lrs=dict(sst2=(1e-4, 3e-4, 9e-4), mrpc=(3e-4, 9e-4)), held_out=dict(sst2=1000, mrpc=667),
     tuning=dict(sst2=dict(total_step=150, warmup_step=15, ckpt_step=150), mrpc=dict(total_step=114, warmup_step=11, ckpt_step=114)))
 closer = replace(section5, name='closer', seeds=(42,), tuned_as='section5', looks=tuple(_looks), tasks={t: c | dict(ckpt_step=100) for t, c in section5.tasks.items()},
                  methods={m: section5.methods[m] for m in ('LAD', 'LAD-NO', 'LAD-CLS', 'ALP-KD-hidden', 'ALP-KD-v2', 'BERT-PKD', 'frozen gates')})
 
-# %% ../nbs/14_study.ipynb #7c047b25
-_like_lad = replace(section5, lrs=(), rates_of=(section5, 'LAD'))
+# %% ../nbs/14_study.ipynb #0ad6bd0d
+_like_lad = replace(section5, lrs={}, rates_of=(section5, 'LAD'))
 _from = dict(method='lad_user_defined', student_init='even')
 user_defined = replace(_like_lad, name='user_defined', seeds=(42, 43, 44), looks=('agreement', 'layer_map'), methods={
     'low gates (1, 2, 3)': dict(gate_indices=(1, 2, 3), student_indices=(1, 2, 3), **_from), 'high gates (4, 5, 6)': dict(gate_indices=(4, 5, 6), student_indices=(1, 2, 3), **_from),
@@ -407,7 +410,7 @@ def first_metric(
     "Each task's own metric alone: MRPC's F1, say"
     return results[[get_task(t).metrics[0] == m for t, m in zip(results.task, results.metric)]]
 
-# %% ../nbs/14_study.ipynb #4ac1e678
+# %% ../nbs/14_study.ipynb #fd86751d
 def miniature(
     study: Study,
     seeds: int=2,   # how many of its seeds
@@ -416,7 +419,7 @@ def miniature(
 ) -> Study:
     "The same methods on the toy task, in seconds"
     few = dict(train_size=160, max_seq_len=32, batch_size=16, total_step=updates, warmup_step=1, ckpt_step=updates, log_step=1, device_id=-1, ptrain_ver=str(encoder))
-    return replace(study, name=f'mini_{study.name}', tasks=dict(toy=few), teachers=dict(toy=_teacher.replace(task='toy', **few)), seeds=study.seeds[:seeds], lrs=(), tuned_as=None, rates_of=None)
+    return replace(study, name=f'mini_{study.name}', tasks=dict(toy=few), teachers=dict(toy=_teacher.replace(task='toy', **few)), seeds=study.seeds[:seeds], lrs={}, tuned_as=None, rates_of=None)
 
 def open_study(
     study: Study,
