@@ -300,7 +300,7 @@ def plot_losses(
     figure.supxlabel('updates', size=8); figure.supylabel(f"loss{', weighted' if value == 'weighted' else ''}", size=8); figure.suptitle(title, size=9)
     return axes
 
-# %% ../nbs/10_plots.ipynb #95119caf
+# %% ../nbs/10_plots.ipynb #5396a90b
 def _points(summary, seeds, column, interval, methods, columns):
     "A panel per task, a row per method: seeds, mean, interval"
     if interval not in ('t', 'bootstrap'): raise ValueError(f"interval is {interval!r}; it is 't' or 'bootstrap'.")
@@ -310,6 +310,7 @@ def _points(summary, seeds, column, interval, methods, columns):
     if lost := [m for m in methods or () if m not in found]: raise ValueError(f"There is no method {lost[0]!r} in the frame. There are: {', '.join(found)}.")
     methods = list(methods or found)
     figure, axes = _panels(tasks, max(.9, .22*len(methods) + .45), columns, sharey=True)
+    metric, narrow = summary.groupby('task').metric.first(), min(columns, len(tasks)) > 1
     for ax, task in zip(axes, tasks):
         for row in summary[(summary.task == task) & summary.method.isin(methods)].to_dict('records'):
             y = methods.index(row['method'])
@@ -318,13 +319,14 @@ def _points(summary, seeds, column, interval, methods, columns):
                 ax.plot(own, [y + .22]*len(own), 'o', color='0.5', alpha=.5, ms=3, mew=0)
             if np.isfinite(row[low]): ax.hlines(y, row[low], row[high], color=_colour['teacher'], lw=1.6)
             ax.plot(row['mean'], y, 'o', color=_colour['teacher'], ms=5, mec='white', mew=.5)
-        ax.set_title(task, size=8)
-        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.set_title(task if metric.nunique() == 1 else f'{task}, {_unit(metric[[task]])}', size=8)
+        ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]) if narrow else MaxNLocator(4))
+        if narrow: ax.tick_params(axis='x', labelsize=6) # or the labels of two panels run into each other
         ax.grid(axis='x', lw=.4, color='0.9'); ax.set_axisbelow(True)
     axes[0].set_yticks(range(len(methods)), methods); axes[0].set_ylim(len(methods) - .5, -.5)
     return figure, axes
 
-def _unit(frame): return ' / '.join(m.replace('_', ' ') for m in dict.fromkeys(frame.metric))
+def _unit(metrics): return metrics.iloc[0].replace('_', ' ') if metrics.nunique() == 1 else 'score'
 
 @_styled
 def plot_results(
@@ -339,7 +341,7 @@ def plot_results(
     "Mean and interval of every method, a panel per task"
     _some(summary, 'results')
     figure, axes = _points(summary, results, 'value', interval, methods, columns)
-    figure.supxlabel(xlabel or _unit(summary), size=8); figure.suptitle(title, size=9)
+    figure.supxlabel(xlabel or _unit(summary.metric), size=8); figure.suptitle(title, size=9)
     return axes
 
 @_styled
@@ -356,5 +358,5 @@ def plot_differences(
     against = differences.against.iloc[0]
     figure, axes = _points(differences[differences.n > 0], None if seeds is None else seeds.dropna(subset='difference'), 'difference', interval, methods, columns)
     for ax in axes: ax.axvline(0, color='0.2', lw=1, zorder=0)
-    figure.supxlabel(f'{_unit(differences)} − that of {against}, seed by seed', size=8); figure.suptitle(title or f'Difference from {against}, with 95 % intervals', size=9)
+    figure.supxlabel(f'{_unit(differences.metric)} − that of {against}, seed by seed', size=8); figure.suptitle(title or f'Difference from {against}, with 95 % intervals', size=9)
     return axes
