@@ -300,7 +300,7 @@ def plot_losses(
     figure.supxlabel('updates', size=8); figure.supylabel(f"loss{', weighted' if value == 'weighted' else ''}", size=8); figure.suptitle(title, size=9)
     return axes
 
-# %% ../nbs/10_plots.ipynb #5396a90b
+# %% ../nbs/10_plots.ipynb #e13c4503
 def _points(summary, seeds, column, interval, methods, columns):
     "A panel per task, a row per method: seeds, mean, interval"
     if interval not in ('t', 'bootstrap'): raise ValueError(f"interval is {interval!r}; it is 't' or 'bootstrap'.")
@@ -319,7 +319,7 @@ def _points(summary, seeds, column, interval, methods, columns):
                 ax.plot(own, [y + .22]*len(own), 'o', color='0.5', alpha=.5, ms=3, mew=0)
             if np.isfinite(row[low]): ax.hlines(y, row[low], row[high], color=_colour['teacher'], lw=1.6)
             ax.plot(row['mean'], y, 'o', color=_colour['teacher'], ms=5, mec='white', mew=.5)
-        ax.set_title(task if metric.nunique() == 1 else f'{task}, {_unit(metric[[task]])}', size=8)
+        ax.set_title(task if metric.nunique() == 1 else f"{task}, {metric[task].replace('_', ' ')}", size=8)
         ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]) if narrow else MaxNLocator(4))
         if narrow: ax.tick_params(axis='x', labelsize=6) # or the labels of two panels run into each other
         ax.grid(axis='x', lw=.4, color='0.9'); ax.set_axisbelow(True)

@@ -166,7 +166,7 @@ def _processor():
     names = {l.partition(':')[2].strip() for l in info.read_text().splitlines() if l.startswith('model name')} if info.is_file() else set()
     return f"{names.pop() if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
-# %% ../nbs/14_study.ipynb #ca32dfcc
+# %% ../nbs/14_study.ipynb #8a9cf7c4
 def jobs(
     study: Study,
     results: str, # folder of the results: chosen rates are read there
@@ -201,7 +201,7 @@ def chosen_lrs(
     if study.rates_of:
         other, method = study.rates_of
         found = chosen_lrs(replace(other, tasks={t: other.tasks[t] for t in study.tasks}, methods={method: other.methods[method]}), results)
-        return {(task, m): found[task, method] for task in study.tasks for m in study.methods}
+        return {(task, m): lr for (task, _), lr in found.items() for m in study.methods}
     table, out = tuning_table(study, results), {}
     for task in [t for t in study.tasks if study.lrs.get(t)]:
         for method in study.methods:
