@@ -30,7 +30,7 @@ from .recipes import open_run, run_description
 from .students import load_classifier
 from .training import checkpoints, find_checkpoint, load_gates, pick_device, read_log
 
-# %% ../nbs/09_analysis.ipynb #991c5dcb
+# %% ../nbs/09_analysis.ipynb #013290da
 def open_with_teacher(
     folder: str,       # a run folder
     step: int=None,    # a checkpoint; the end of the run by default
@@ -46,7 +46,7 @@ def open_with_teacher(
 def _rows(run, split, data_dir, rows):
     "The first rows of a split, encoded; of the training split, of those rows that the run was trained on"
     _, tokenizer, recipe = run
-    task, draw = get_task(recipe.task), (recipe.train_size, recipe.sample_seed) if split == recipe.dataset else ()
+    task, draw = get_task(recipe.task), (recipe.train_size, recipe.sample_seed, recipe.bad_rows) if split == recipe.dataset else ()
     data = load_task(task, split or task.dev[0], data_dir or recipe.data_dir, *draw)
     if rows is not None and rows < 1: raise ValueError(f"rows is {rows}; at least 1 was expected, or None for all {len(data)}.")
     return encode(data if rows is None else data.select(range(min(rows, len(data)))), tokenizer, recipe.max_seq_len)
@@ -425,7 +425,7 @@ def loss_parts(
     hidden = recipe['mu']/recipe['num_hidden_layers'] if distils else 0.
     return table.assign(weighted=table.value*table.part.map(lambda p: weight.get(p, hidden)))
 
-# %% ../nbs/09_analysis.ipynb #41cf3dfd
+# %% ../nbs/09_analysis.ipynb #1ffe3e04
 _columns = ['task', 'method', 'seed', 'metric', 'value']
 
 def _check_results(results):
@@ -443,6 +443,7 @@ def interval(
     seed: int=0,          # of its draws
 ) -> dict:                # n, mean, sd, low, high (percentile bootstrap), t_low, t_high; NaN where n is too small
     "Mean of a few numbers, and where it may be"
+    if not 0 < level < 1: raise ValueError(f"level is {level}; a share between 0 and 1 was expected, such as 0.95.")
     values, nan = np.asarray(values, float), float('nan')
     n, out = len(values), dict(n=len(values), mean=nan, sd=nan, low=nan, high=nan, t_low=nan, t_high=nan)
     if n: out |= dict(mean=values.mean())
@@ -456,22 +457,22 @@ def interval(
 def summarise(
     results: pd.DataFrame, # task, method, seed, metric, value
     **how,                 # level, resamples, seed: as in `interval`
-) -> pd.DataFrame:         # task, method, metric, n, mean, sd, low, high, t_low, t_high
+) -> pd.DataFrame:         # task, method, metric, n, mean, sd, low, high, t_low, t_high, level
     "Mean over seeds with intervals, in the order in which tasks, methods and metrics first appear"
     _check_results(results)
     rows = [dict(zip(('task', 'method', 'metric'), key)) | interval(g.value, **how) for key, g in results.groupby(['task', 'method', 'metric'], sort=False)]
-    return pd.DataFrame(rows, columns=['task', 'method', 'metric', 'n', 'mean', 'sd', 'low', 'high', 't_low', 't_high'])
+    return pd.DataFrame(rows, columns=['task', 'method', 'metric', 'n', 'mean', 'sd', 'low', 'high', 't_low', 't_high']).assign(level=how.get('level', .95))
 
-# %% ../nbs/09_analysis.ipynb #872a6e32
+# %% ../nbs/09_analysis.ipynb #8dec44ba
 def paired_differences(
     results: pd.DataFrame,      # task, method, seed, metric, value
     against: str='undistilled', # the method to compare with
     **how,                      # level, resamples, seed: as in `interval`
-) -> pd.DataFrame:              # task, method, metric, against, n (seeds that both have), mean (of value - value of against), sd, low, high, t_low, t_high
+) -> pd.DataFrame:              # task, method, metric, against, n (seeds that both have), mean (of value - value of against), sd, low, high, t_low, t_high, level
     "Difference from another method, seed by seed"
     pairs = seed_differences(results, against)
     rows = [dict(zip(('task', 'method', 'metric'), key)) | dict(against=against) | interval(g.difference.dropna(), **how) for key, g in pairs.groupby(['task', 'method', 'metric'], sort=False)]
-    return pd.DataFrame(rows, columns=['task', 'method', 'metric', 'against', 'n', 'mean', 'sd', 'low', 'high', 't_low', 't_high'])
+    return pd.DataFrame(rows, columns=['task', 'method', 'metric', 'against', 'n', 'mean', 'sd', 'low', 'high', 't_low', 't_high']).assign(level=how.get('level', .95))
 
 def seed_differences(
     results: pd.DataFrame,      # task, method, seed, metric, value

@@ -6,10 +6,11 @@
 __all__ = ['shapes', 'MODES', 'MIDDLE', 'GRID', 'Shape', 'plain_loop', 'floor_loop', 'gradient_gap', 'update_flops',
            'matmul_flops', 'benchmark', 'benchmark_table', 'scaling']
 
-# %% ../nbs/15_benchmark.ipynb #3022204b
+# %% ../nbs/15_benchmark.ipynb #9a4ff125
 import json, os, statistics, tempfile, threading, time, warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, psutil, torch
@@ -38,12 +39,12 @@ def _models(shape, name, task, folder):
     load_tokenizer(SMALL).save_pretrained(folder)
     return folder
 
-# %% ../nbs/15_benchmark.ipynb #51e12d0f
+# %% ../nbs/15_benchmark.ipynb #d4a02c3d
 def plain_loop(
     recipe: Recipe,  # LAD with FAITHFUL
     rows,            # Dataset with sentence1, sentence2, label
     root: str,       # of experiments
-    device: str,     # 'cpu' or 'cuda'
+    device: str,     # from `pick_device`
 ):
     "Updates as single-use scripts do them"
     distiller, tokenizer = build(recipe, root)
@@ -72,7 +73,7 @@ def floor_loop(recipe, rows, root, device):
     "Teacher forward, student forward and backward, AdamW; nothing else"
     distiller, tokenizer = build(recipe, root)
     student, teacher = distiller.student.to(device).train(), distiller.teacher.to(device)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=recipe.lr, fused=device in ('cpu', 'cuda'))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=recipe.lr, fused=torch.device(device).type in ('cpu', 'cuda'))
     data = encode(rows, tokenizer, recipe.max_seq_len)
     batches = [tokenizer.pad({k: data[i:i + recipe.batch_size][k] for k in data.column_names if k != 'labels'}, padding='max_length', max_length=recipe.max_seq_len, return_tensors='pt').to(device)
                | {'labels': torch.tensor(data[i:i + recipe.batch_size]['labels'], device=device)} for i in range(0, len(data)//recipe.batch_size*recipe.batch_size, recipe.batch_size)]
@@ -104,7 +105,7 @@ def gradient_gap(
     norm = lambda tensors: torch.stack([t.double().norm() for t in tensors]).norm().item()
     return norm([a - b for a, b in zip(plain, exact)])/norm(plain)
 
-# %% ../nbs/15_benchmark.ipynb #3a3c3bb8
+# %% ../nbs/15_benchmark.ipynb #e19f2e9f
 class _Updates(TrainerCallback):
     "Seconds of every update of a Trainer, data loading included"
     def __init__(self, sync): self.sync, self.starts = sync, []
@@ -117,7 +118,7 @@ class _Memory:
     "The most memory that is held while a block runs, in bytes: CUDA's own count, or this process's resident set, sampled"
     def __init__(self, device): self.device, self.peak, self.done = device, 0, threading.Event()
     def __enter__(self):
-        if self.device == 'cuda': torch.cuda.reset_peak_memory_stats()
+        if self.device.startswith('cuda'): torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self.thread = threading.Thread(target=self._watch, daemon=True); self.thread.start()
         return self
@@ -126,7 +127,7 @@ class _Memory:
         while not self.done.wait(.02): self.peak = max(self.peak, me.memory_info().rss)
     def __exit__(self, *_):
         self.done.set()
-        if self.device == 'cuda': self.peak = torch.cuda.max_memory_allocated()
+        if self.device.startswith('cuda'): self.peak = torch.cuda.max_memory_allocated(self.device)
         else: self.thread.join()
 
 def _time_loop(loop, updates, sync):
@@ -184,7 +185,7 @@ def _shares(parts, seconds):
     out = {n: mean.get(n, 0.) for n in ('data', 'teacher', 'student', 'gates', 'losses', 'backward', 'optimiser')}
     return out | {'rest': 1e3*statistics.mean(seconds) - sum(out.values())}
 
-# %% ../nbs/15_benchmark.ipynb #b3fd32ba
+# %% ../nbs/15_benchmark.ipynb #bafde872
 def update_flops(
     shape: Shape, # sizes
     S: float,     # tokens of a row, padding included
@@ -195,7 +196,7 @@ def update_flops(
     return 2*tokens*(3*shape.M*layer + (shape.T*layer if teacher else 0) + (3*(shape.T - 1)*shape.H**2 if gates else 0))
 
 def matmul_flops(
-    device: str,                     # 'cpu' or 'cuda'
+    device: str,                     # from `pick_device`
     dtype: torch.dtype=torch.float32,
     n: int=None,                     # of an (n, n) product
 ) -> float: # per second
@@ -208,9 +209,9 @@ def matmul_flops(
     once()
     return 2*n**3/min(once() for _ in range(7))
 
-def _sync(device): return torch.cuda.synchronize if device == 'cuda' else lambda: None
+def _sync(device): return partial(torch.cuda.synchronize, device) if device.startswith('cuda') else lambda: None
 
-# %% ../nbs/15_benchmark.ipynb #d192c89e
+# %% ../nbs/15_benchmark.ipynb #2801d408
 MODES = ('plain', 'exact', 'fast', 'fast_cached', 'floor')
 
 def benchmark(
@@ -222,15 +223,17 @@ def benchmark(
     max_seq_len: int=128,  # S
     batch_size: int=None,  # the shape's by default
     device_id: int=None,   # as in `pick_device`
-    modes: tuple=MODES,    # which to run; plain always does
+    modes: tuple=MODES,    # which to run, beside plain
     say=lambda line: None, # gets a line per round
 ) -> dict:                 # JSON-able
     "Time every mode in this process"
     if shape not in shapes: raise ValueError(f"There is no shape {shape!r}. Shapes are: {', '.join(shapes)}.")
     for name, value in dict(rounds=rounds, updates=updates).items():
         if value < 1: raise ValueError(f"{name} is {value}; a whole number from 1 up was expected.")
+    modes = tuple(dict.fromkeys(('plain', *modes)))
     if unknown := set(modes) - set(MODES): raise ValueError(f"There is no mode {', '.join(sorted(unknown))}. Modes are: {', '.join(MODES)}.")
     name, device = task or ('rte' if find_data('rte') else 'toy'), pick_device(device_id)
+    if get_task(name).regression: raise ValueError(f"{name} is a regression; the plain loop that times are compared with has a classifier's losses. Take a task with labels.")
     sizes = shapes[shape] if batch_size is None else Shape(**shapes[shape].__dict__ | dict(batch_size=batch_size))
     full = load_task(name)
     rows = min(rows, len(full))//sizes.batch_size*sizes.batch_size
@@ -257,7 +260,9 @@ def benchmark(
         lengths = _padded_lengths(recipe, tokenised)
     out = dict(shape=dict(name=shape, **sizes.__dict__), data=dict(task=name, rows=rows, S=max_seq_len, real_tokens_per_row=round(real, 1), padded_in_groups=round(lengths, 1)), rounds=rounds, updates=per_round,
                machine=versions(), precision=dict(zip(('fast', 'why'), pick_precision('auto', device))), matmul_flops=matmul_flops(device))
-    out['modes'] = {m: _mode(m, s, memory[m], sizes, max_seq_len, lengths, real, out['matmul_flops']) for m, s in seconds.items()}
+    roofs = dict(fp32=out['matmul_flops'])
+    if (fast := out['precision']['fast']) == 'bf16': roofs['bf16'] = out['matmul_flops_bf16'] = matmul_flops(device, torch.bfloat16)
+    out['modes'] = {m: _mode(m, s, memory[m], sizes, max_seq_len, lengths, real, roofs[fast if m.startswith('fast') else 'fp32']) for m, s in seconds.items()}
     out['ratios'] = {m: _spread([a/b for a, b in zip(seconds['plain'], s)]) for m, s in seconds.items() if m != 'plain'}
     if {'exact', 'floor'} <= set(modes): out['exact_over_floor'] = _spread([a/b for a, b in zip(seconds['exact'], seconds['floor'])])
     out['milliseconds'] = {m: {k: round(v, 2) for k, v in p.items()} for m, p in parts.items()}
@@ -302,14 +307,16 @@ def benchmark_table(
     return pd.DataFrame({m: {'ms an update': f"{1e3*v['seconds_per_update']['median']:.0f}", 'plain / this': ratio(found['ratios'][m]) if m in found['ratios'] else '1', 'updates/s': f"{v['updates_per_s']:.2f}",
                              'tokens/s': f"{v['tokens_per_s']:,}", 'memory MB': f"{v['peak_memory_mb']:,}", 'GFLOP/s': f"{v['flops_per_s']/1e9:.0f}", 'of a matrix product': f"{v['of_matmul']:.0%}"} for m, v in found['modes'].items()}).T
 
-# %% ../nbs/15_benchmark.ipynb #c61910d9
+# %% ../nbs/15_benchmark.ipynb #36b71625
 MIDDLE = dict(T=6, M=3, H=384, S=64, batch_size=8, gates=5)
 GRID = dict(T=(3, 12), M=(1, 6), H=(192, 768), S=(32, 128, 256), batch_size=(4, 16, 32), gates=(0, 1, 3)) # gates that have parameters: gate 1 of a chain passes its layer through
 
 def _method(T, M, gates):
     "The method of which so many gates are computed"
     if gates == T - 1: return dict(method='lad')
-    return dict(method='bert_pkd') if not gates else dict(method='partial_lad', gate_indices=tuple(range(T//M, gates + 2, T//M)))
+    if not gates: return dict(method='bert_pkd')
+    if (gates + 1)%(T//M) or not 0 < gates < T: raise ValueError(f"gates is {gates}; from {T} to {M} layers a chain has {', '.join(map(str, sorted({0, *range(T//M - 1, T, T//M)})))} gates with parameters.")
+    return dict(method='partial_lad', gate_indices=tuple(range(T//M, gates + 2, T//M)))
 
 def scaling(
     rounds: int=3,        # of every size
@@ -323,14 +330,14 @@ def scaling(
     if unknown := set(grid) - set(middle): raise ValueError(f"There is no size {', '.join(sorted(unknown))}. Sizes are: {', '.join(middle)}.")
     device = pick_device(device_id)
     points = [middle] + [middle | {size: v} | (dict(gates=v - 1) if size == 'T' else {}) for size, values in grid.items() for v in values]
-    seconds = [[] for _ in points]
+    methods, seconds = [_method(p['T'], p['M'], p['gates']) for p in points], [[] for _ in points]
     with tempfile.TemporaryDirectory() as root:
         for r in range(rounds):
-            for point, found in zip(points, seconds):
+            for point, method, found in zip(points, methods, seconds):
                 folder = Path(root)/f"T{point['T']}H{point['H']}"
                 if not folder.exists(): _models(Shape(point['T'], point['M'], point['H'], point['batch_size']), 'random', get_task('toy'), folder)
                 recipe = Recipe('scaling', task='toy', num_hidden_layers=point['M'], teacher=str(folder), ptrain_ver=str(folder), max_seq_len=point['S'], batch_size=point['batch_size'], device_id=-1 if device == 'cpu' else device_id,
-                                **_method(point['T'], point['M'], point['gates']))
+                                **method)
                 found.append(statistics.mean(_time_trainer(recipe, 'exact', updates, root, _sync(device))[0]))
             say(f'round {r + 1}/{rounds}')
     rows = []

@@ -50,11 +50,11 @@ def quickstart(
     ax.figure.savefig(root/'contributions.png', dpi=200)
     return table
 
-# %% ../nbs/12_cli.ipynb #c2212c80
+# %% ../nbs/12_cli.ipynb #3a717832
 _aliases = dict(mu=['hidden_mse_weight'])
 _choice = list(FAITHFUL) # what --faithful sets, unless given by itself
 _indices = ('gate_indices', 'teacher_indices', 'student_indices')
-_fine_tune_only = {'experiment', 'task', 'model', 'ptrain_ver', 'data_dir', 'dataset', 'train_size', 'sample_seed', 'padding', 'max_seq_len', 'batch_size', 'accum_step', 'total_step', 'warmup_step',
+_fine_tune_only = {'experiment', 'task', 'model', 'ptrain_ver', 'data_dir', 'dataset', 'train_size', 'sample_seed', 'bad_rows', 'padding', 'max_seq_len', 'batch_size', 'accum_step', 'total_step', 'warmup_step',
                    'epoch', 'warmup_rate', 'lr', 'beta1', 'beta2', 'eps', 'weight_decay', 'max_norm', 'dropout', 'ckpt_step', 'keep_ckpt', 'log_step', 'seed', 'device_id'}
 
 def indices(
@@ -179,7 +179,7 @@ def recipe_of(
     if method == 'fine_tune': given = dict(soft_weight=0., hard_weight=1., mu=0.) | given
     return Recipe(**(FAST if args.fast else FAITHFUL if args.faithful else OURS) | given)
 
-# %% ../nbs/12_cli.ipynb #0b69cbca
+# %% ../nbs/12_cli.ipynb #d13cfdba
 def main(
     argv: list=None, # the command line's by default
 ) -> int:            # exit code
@@ -188,7 +188,7 @@ def main(
     transformers.logging.set_verbosity_error()
     try:
         command, args = parse(sys.argv[1:] if argv is None else argv)
-        if (own := getattr(args, 'data_dir', None)) and (Path(own)/'task.json').is_file(): open_task(own) # from `data.write_task`
+        if isinstance(own := _data_dir(command, args), str) and (Path(own)/'task.json').is_file(): open_task(own) # from `data.write_task`
         _commands[command if command in _other else 'train'](command, args)
     except (ValueError, OSError, FloatingPointError) as e: # what is wrong with the input; LAD_NB_TRACEBACK=1 shows where it was found
         if os.environ.get('LAD_NB_TRACEBACK'): raise
@@ -199,12 +199,18 @@ def main(
         return 130
     return 0
 
+def _data_dir(command, args):
+    "The folder of TSV files: as given, or as the run's recipe names it"
+    if given := getattr(args, 'data_dir', None): return given
+    if command == 'rerun': return run_setting(args.folder, 'data_dir')
+    if command in ('run_fine_tune_eval', 'generate_test_prediction'): return run_setting(experiment_folder(args.experiment, args.task, args.model, args.root), 'data_dir')
+
 def _train(command, args):
     recipe = recipe_of(command, args)
     if args.dry_run: print(json.dumps(plan(recipe, args.root), indent=1)); return
     folder = run(recipe, args.root, args.resume)
     if os.environ.get('RANK', '0') != '0': return # torchrun's first process speaks for all
-    print(f"{folder}: {recipe.method}, {recipe.total_step} updates. Score it: lad-nb run_fine_tune_eval --experiment {recipe.experiment} --model {recipe.model} --task {recipe.task}")
+    print(f"{folder}: {recipe.method}, {run_setting(folder, 'total_step')} updates. Score it: lad-nb run_fine_tune_eval --experiment {recipe.experiment} --model {recipe.model} --task {recipe.task}")
 
 def _evaluate(command, args):
     folder = experiment_folder(args.experiment, args.task, args.model, args.root)

@@ -96,7 +96,7 @@ def _lines(path):
                                  "A line of tab-separated text was expected.")
             yield n, text
 
-# %% ../nbs/00_data.ipynb #24f2caf5
+# %% ../nbs/00_data.ipynb #ab8ad4d4
 def read_tsv(
     path: str,           # the file
     task: str,           # whose columns and labels to expect
@@ -124,22 +124,22 @@ def _rows(path, task, labelled, bad_rows):
         if len(fields) != len(header):
             if bad_rows == 'skip': skipped.append(n); continue
             raise ValueError(f"{path}, line {n}: {len(fields)} fields; {len(header)} were expected: {', '.join(header)}. "
-                             "Mend the line, or leave such lines out with bad_rows='skip'.")
+                             "Mend the line, or leave such lines out with bad_rows='skip' (--bad_rows skip on the command line).")
         row = dict(zip(header, fields))
         out = {f'sentence{i + 1}': row[c] for i, c in enumerate(wanted[:len(task.columns)])}
-        if labelled: out['label'] = _label(task, row[task.label_column], path, n)
+        if labelled: out['label'] = _label(task, row[task.label_column], f'{path}, line {n}')
         yield out | {'idx': idx}
         idx += 1
     if skipped: warnings.warn(f"{path}: left out {len(skipped)} lines with a wrong number of fields, the first at {skipped[:5]}.")
     if not idx: raise ValueError(f"{path} has a header and no rows.")
 
-def _label(task, text, path, n):
+def _label(task, text, where):
     if task.regression:
-        score = float(text) if re.fullmatch(r'[0-9]+(\.[0-9]*)?', text) else float('nan')
-        if not 0 <= score <= 5: raise ValueError(f"{path}, line {n}: the score is {text!r}; a number from 0 to 5 was expected.")
+        score = float(text) if re.fullmatch(r'[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?', text) else float('nan')
+        if not 0 <= score <= 5: raise ValueError(f"{where}: the score is {text!r}; a number from 0 to 5 was expected.")
         return score
     if text not in task.spelling:
-        raise ValueError(f"{path}, line {n}: the label is {text!r}; {' or '.join(map(repr, task.spelling))} was expected.")
+        raise ValueError(f"{where}: the label is {text!r}; {' or '.join(map(repr, task.spelling))} was expected.")
     return task.spelling.index(text)
 
 # %% ../nbs/00_data.ipynb #770f7120
@@ -356,7 +356,7 @@ def load_task(
     if not 0 < size <= len(data): raise ValueError(f"size is {size}; the {split} split of {task.name} has {len(data)} rows, so 1 to {len(data)} is allowed.")
     return data.shuffle(seed=sample_seed).select(range(size))
 
-# %% ../nbs/00_data.ipynb #e7fc9535
+# %% ../nbs/00_data.ipynb #7f03229a
 def write_task(
     name: str,               # what `Recipe(task=..)` will call it
     folder: str,             # gets train.tsv, dev.tsv, (test.tsv) and task.json; recipes name it as data_dir
@@ -400,7 +400,7 @@ def _tsv(task, frame, split):
         fields = [' '.join(x.replace('\0', ' ').split()) if isinstance(x, str) else '' for x in row[:len(task.columns)]]
         if '' in fields: raise ValueError(f"{split}, row {i}: {task.columns[fields.index('')]!r} is {row[fields.index('')]!r}; a text was expected. Fill it in or drop the row.")
         label = [str(x) for x in row[len(task.columns):]]
-        if label and task.regression: _label(task, label[0], split, i)
+        if label and task.regression: _label(task, label[0], f'{split}, row {i}')
         elif label and label[0] not in task.labels: raise ValueError(f"{split}, row {i}: the label is {label[0]!r}; {' or '.join(map(repr, task.labels))} was expected.")
         lines.append('\t'.join(fields + label))
     return '\n'.join(lines) + '\n'

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['predict', 'score', 'evaluate', 'run_setting', 'score_checkpoints', 'best_checkpoint', 'write_predictions', 'costs']
 
-# %% ../nbs/07_evaluation.ipynb #bf32c0f0
+# %% ../nbs/07_evaluation.ipynb #a9b69358
 import statistics, tempfile, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
 from .data import collator, encode, get_task, load_task, load_tokenizer, splits
 from .students import load_classifier
 from .durable import read_json, write_text
-from .training import checkpoints, find_checkpoint, pick_device
+from .training import DistilArguments, checkpoints, find_checkpoint, keep_random_state, pick_device
 
-# %% ../nbs/07_evaluation.ipynb #5abfa9ee
+# %% ../nbs/07_evaluation.ipynb #67a972cb
 def predict(
     model: PreTrainedModel,  # a classifier
     data,                    # from `data.encode`
@@ -29,14 +29,15 @@ def predict(
 ) -> np.ndarray:             # (N, C) logits, in the order of the rows
     "Logits of every row"
     order = np.argsort([-len(ids) for ids in data['input_ids']], kind='stable')
-    with tempfile.TemporaryDirectory() as nowhere:
-        args = TrainingArguments(nowhere, per_device_eval_batch_size=batch_size, report_to='none', disable_tqdm=True, use_cpu=pick_device(device_id) == 'cpu', dataloader_pin_memory=torch.cuda.is_available())
+    device = torch.device(pick_device(device_id))
+    with tempfile.TemporaryDirectory() as nowhere, keep_random_state(): # Trainer would seed everything
+        args = DistilArguments(nowhere, per_device_eval_batch_size=batch_size, report_to='none', disable_tqdm=True, use_cpu=device.type == 'cpu', cuda_index=device.index, dataloader_pin_memory=torch.cuda.is_available())
         found = Trainer(model, args, data_collator=collator(tokenizer), processing_class=tokenizer).predict(data.select(order)).predictions
     logits = np.empty_like(found)
     logits[order] = found
     return logits
 
-# %% ../nbs/07_evaluation.ipynb #b03841c6
+# %% ../nbs/07_evaluation.ipynb #fdabb0bb
 _metrics = dict(accuracy=accuracy_score, f1=f1_score, matthews_correlation=matthews_corrcoef,
                 pearson=lambda y, p: pearsonr(y, p).statistic, spearman=lambda y, p: spearmanr(y, p).statistic)
 
@@ -64,6 +65,7 @@ def evaluate(
     if any(n in task.test for n in names): raise ValueError(f"The {split} split of {task.name} has no labels to score against. Score on: {', '.join(s for s in splits(task) if s not in task.test)}.")
     folder, out = model, {}
     if not isinstance(model, PreTrainedModel): model, tokenizer = load_classifier(folder, task), tokenizer or load_tokenizer(folder)
+    elif tokenizer is None: raise ValueError("The model is an object, and no tokenizer came with it. Give tokenizer=load_tokenizer(..), or the model's folder instead of the model.")
     for name in names:
         data = encode(load_task(task, name, data_dir), tokenizer, max_seq_len)
         suffix = name.removeprefix('dev') if len(names) > 1 else ''
@@ -106,7 +108,7 @@ def best_checkpoint(
     first = table.columns[1].removesuffix('_matched')
     return table.loc[table[[c for c in table.columns if c.startswith(first)]].mean(axis=1).idxmax()]
 
-# %% ../nbs/07_evaluation.ipynb #4acef9bf
+# %% ../nbs/07_evaluation.ipynb #44f844cb
 _submission = {'mnli': {'test_matched': 'MNLI-m.tsv', 'test_mismatched': 'MNLI-mm.tsv'}}
 
 def write_predictions(
@@ -118,6 +120,7 @@ def write_predictions(
 ) -> list:              # the files: RTE.tsv; MNLI has MNLI-m.tsv and MNLI-mm.tsv
     "Write the GLUE submission file of a model"
     task, out = get_task(task), Path(out)
+    if split == 'test' and not task.test: raise ValueError(f"{task.name} has no test split. Its splits are: {', '.join(splits(task))}.")
     classifier, tokenizer, files = load_classifier(model, task), load_tokenizer(model), []
     for name in {'test': task.test, 'dev': task.dev}.get(split, (split,)):
         data = encode(load_task(task, name, data_dir), tokenizer, max_seq_len)
@@ -129,15 +132,15 @@ def write_predictions(
         files.append(out/file)
     return files
 
-# %% ../nbs/07_evaluation.ipynb #b67af99a
+# %% ../nbs/07_evaluation.ipynb #ac953f30
 def costs(
     models: dict,          # {name: folder}
     task: str,             # its dev split is what is timed
     data_dir: str=None, max_seq_len: int=128, # as in `evaluate`
     rows: int=128,         # of the dev split, at most
     rounds: int=5,         # times each model gets to run them
-) -> pd.DataFrame:         # one row per model: parameters, MB on disk, ms a sentence
-    "Size and speed of classifiers"
+) -> pd.DataFrame:         # one row per model: parameters, MB on disk, ms a sentence (or pair)
+    "Size and speed of classifiers: median over rounds, in batches of 32, on all threads"
     task = get_task(task)
     loaded = {n: load_classifier(f, task).eval() for n, f in models.items()}
     tokenizer = load_tokenizer(next(iter(models.values())))

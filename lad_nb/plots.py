@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-# %% ../nbs/10_plots.ipynb #640f3c2e
+# %% ../nbs/10_plots.ipynb #45cddcd3
 COLUMN = 3.3 # inches: the width of a paper's column
 _paper = {'font.size': 7, 'axes.titlesize': 9, 'axes.labelsize': 8, 'xtick.labelsize': 7, 'ytick.labelsize': 7, 'legend.fontsize': 7, 'legend.title_fontsize': 7,
           'axes.spines.top': False, 'axes.spines.right': False, 'lines.linewidth': 1.2, 'lines.markersize': 3.5, 'legend.frameon': False, 'legend.handlelength': 1.4}
@@ -42,6 +42,7 @@ def _panels(
     columns: int=3,     # at most
     **share,            # sharex, sharey
 ) -> tuple:             # figure, flat array of as many Axes
+    if not len(names): raise ValueError("There is nothing to draw: no panel is left.")
     columns = min(columns, len(names))
     rows = -(-len(names)//columns)
     figure, axes = plt.subplots(rows, columns, figsize=(COLUMN, height*rows + .45), layout='constrained', squeeze=False, **share)
@@ -75,7 +76,7 @@ def plot_contributions(
     ax.set(title=title, xlabel='teacher layer', ylabel='gate')
     return ax
 
-# %% ../nbs/10_plots.ipynb #d9a6a32e
+# %% ../nbs/10_plots.ipynb #f3d09a78
 @_styled
 def plot_contribution_steps(
     shares: pd.DataFrame, # from `analysis.contributions_by_step`: step, gate, layer, share
@@ -89,6 +90,7 @@ def plot_contribution_steps(
     found = [k for k, g in shares.groupby('gate') if (g.share.abs() > 1e-9).groupby(g.layer).any().sum() > 1]
     gates = found if gates is None else list(gates)
     if missing := [k for k in gates if k not in set(shares.gate)]: raise ValueError(f"There is no gate {missing[0]} in the frame. There are: {', '.join(map(str, sorted(shares.gate.unique())))}.")
+    if not gates: raise ValueError("There is no gate to draw: none of them aggregates several layers (a bucket of one has nothing to mix). Name some with gates=[..].")
     layers = sorted(shares.layer.unique())
     colours = sns.color_palette('viridis', len(layers))
     figure, axes = _panels(gates, .95, columns, sharex=True, sharey=True)
@@ -300,7 +302,7 @@ def plot_losses(
     figure.supxlabel('updates', size=8); figure.supylabel(f"loss{', weighted' if value == 'weighted' else ''}", size=8); figure.suptitle(title, size=9)
     return axes
 
-# %% ../nbs/10_plots.ipynb #e13c4503
+# %% ../nbs/10_plots.ipynb #04319686
 def _points(summary, seeds, column, interval, methods, columns):
     "A panel per task, a row per method: seeds, mean, interval"
     if interval not in ('t', 'bootstrap'): raise ValueError(f"interval is {interval!r}; it is 't' or 'bootstrap'.")
@@ -318,7 +320,8 @@ def _points(summary, seeds, column, interval, methods, columns):
                 own = seeds[(seeds.task == task) & (seeds.method == row['method']) & (seeds.metric == row['metric'])][column]
                 ax.plot(own, [y + .22]*len(own), 'o', color='0.5', alpha=.5, ms=3, mew=0)
             if np.isfinite(row[low]): ax.hlines(y, row[low], row[high], color=_colour['teacher'], lw=1.6)
-            ax.plot(row['mean'], y, 'o', color=_colour['teacher'], ms=5, mec='white', mew=.5)
+            alone = row['n'] < 2 # hollow: no interval is not a narrow one
+            ax.plot(row['mean'], y, 'o', color='white' if alone else _colour['teacher'], ms=5, mec=_colour['teacher'] if alone else 'white', mew=1 if alone else .5)
         ax.set_title(task if metric.nunique() == 1 else f"{task}, {metric[task].replace('_', ' ')}", size=8)
         ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]) if narrow else MaxNLocator(4))
         if narrow: ax.tick_params(axis='x', labelsize=6) # or the labels of two panels run into each other
@@ -326,6 +329,7 @@ def _points(summary, seeds, column, interval, methods, columns):
     axes[0].set_yticks(range(len(methods)), methods); axes[0].set_ylim(len(methods) - .5, -.5)
     return figure, axes
 
+def _percent(frame): return f"{100*(frame['level'].iloc[0] if 'level' in frame else .95):g} %"
 def _unit(metrics): return metrics.iloc[0].replace('_', ' ') if metrics.nunique() == 1 else 'score'
 
 @_styled
@@ -333,15 +337,15 @@ def plot_results(
     summary: pd.DataFrame,      # from `analysis.summarise`
     results: pd.DataFrame=None, # what it summarises: draws the seeds
     interval: str='t',          # or 'bootstrap'
-    title: str='Results over seeds, with 95 % intervals',
+    title: str=None,
     xlabel: str=None,           # the metric by default
     methods: list=None,         # which, from top to bottom; all by default
     columns: int=2,             # panels side by side
 ) -> np.ndarray:                # of Axes: one per task
-    "Mean and interval of every method, a panel per task"
+    "Mean and interval of every method, a panel per task; hollow where there is one seed"
     _some(summary, 'results')
     figure, axes = _points(summary, results, 'value', interval, methods, columns)
-    figure.supxlabel(xlabel or _unit(summary.metric), size=8); figure.suptitle(title, size=9)
+    figure.supxlabel(xlabel or _unit(summary.metric), size=8); figure.suptitle(title or f'Results over seeds, with {_percent(summary)} intervals', size=9)
     return axes
 
 @_styled
@@ -353,10 +357,11 @@ def plot_differences(
     methods: list=None,        # which, from top to bottom; all by default
     columns: int=2,            # panels side by side
 ) -> np.ndarray:               # of Axes: one per task
-    "Paired differences from one method, with a line at zero"
+    "Paired differences from one method, with a line at zero; hollow where there is one seed"
     _some(differences, 'differences')
     against = differences.against.iloc[0]
+    if not (differences.n > 0).any(): raise ValueError(f"There is nothing to draw: no method shares a seed with {against}.")
     figure, axes = _points(differences[differences.n > 0], None if seeds is None else seeds.dropna(subset='difference'), 'difference', interval, methods, columns)
     for ax in axes: ax.axvline(0, color='0.2', lw=1, zorder=0)
-    figure.supxlabel(f'{_unit(differences.metric)} − that of {against}, seed by seed', size=8); figure.suptitle(title or f'Difference from {against}, with 95 % intervals', size=9)
+    figure.supxlabel(f'{_unit(differences.metric)} − that of {against}, seed by seed', size=8); figure.suptitle(title or f'Difference from {against}, with {_percent(differences)} intervals', size=9)
     return axes

@@ -7,7 +7,7 @@ __all__ = ['FAITHFUL', 'OURS', 'FAST', 'rte', 'Recipe', 'recipe_from_dict', 'rec
            'pretrained_of', 'settle', 'build', 'make_trainer', 'run', 'file_hash', 'describe', 'plan', 'rerun',
            'run_description', 'open_run']
 
-# %% ../nbs/08_recipes.ipynb #e6b91e6f
+# %% ../nbs/08_recipes.ipynb #0ff5698e
 import hashlib, inspect, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,9 +21,9 @@ from .distiller import Distiller, check_weights
 from .durable import check_links, read_json
 from .mappings import Mapping, make_mapping, mapping_from_dict, mapping_to_dict, methods
 from .students import init_layers, load_classifier, load_encoder, make_classifier, make_student
-from .training import DistilTrainer, check_new, check_settings, experiment_folder, find_checkpoint, load_gates, train, training_arguments
+from .training import DistilTrainer, check_new, check_settings, experiment_folder, find_checkpoint, load_gates, pick_device, train, training_arguments
 
-# %% ../nbs/08_recipes.ipynb #03156ce7
+# %% ../nbs/08_recipes.ipynb #1447039e
 def _f(default, help, **kwargs): return field(default=default, metadata=dict(help=help, **kwargs))
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Recipe:
     dataset: str = _f('train', 'split to train on')
     train_size: int = _f(None, 'train on so many rows only, drawn with sample_seed')
     sample_seed: int = _f(0, 'seed of that draw, the same for every run')
+    bad_rows: str = _f('raise', "training lines with a wrong number of fields: raise, or skip with a warning that counts them")
     teacher: str = _f(None, "the teacher's folder or hub id, instead of teacher_exp, tmodel and tckpt")
     teacher_exp: str = _f(None, 'experiment of the teacher')
     tmodel: str = _f('bert', "teacher's kind of model")
@@ -150,7 +151,7 @@ def recipe_table(
     table = pd.DataFrame({n: r.to_dict() for n, r in recipes.items()}).T
     return table.loc[:, table.astype(str).nunique() > 1]
 
-# %% ../nbs/08_recipes.ipynb #d96b367a
+# %% ../nbs/08_recipes.ipynb #a75e6436
 def mapping_of(
     recipe: Recipe, # its method and indices
     T: int,         # teacher layers
@@ -253,19 +254,22 @@ def make_trainer(
     "A trainer that is ready to go"
     _check(recipe)
     folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
-    rows = load_task(recipe.task, recipe.dataset, recipe.data_dir, recipe.train_size, recipe.sample_seed)
+    rows = load_task(recipe.task, recipe.dataset, recipe.data_dir, recipe.train_size, recipe.sample_seed, recipe.bad_rows)
     recipe = settle(recipe, len(rows))
     names = [p for p in inspect.signature(training_arguments).parameters if p not in ('folder', 'progress')]
     args = training_arguments(folder, progress=progress, **{n: getattr(recipe, n) for n in names})
     distiller, tokenizer = build(recipe, root)
-    if distiller.teacher is not None and recipe.tdevice_id not in (None, recipe.device_id) and torch.cuda.device_count() > 1: distiller.teacher.to('cuda:1')
+    if distiller.teacher is not None: distiller.teacher.to(_teacher_device(recipe, args.device))
     data, cache = encode(rows, tokenizer, recipe.max_seq_len), None
     if recipe.teacher_cache and distiller.teacher is not None:
-        teacher = distiller.teacher if recipe.tdevice_id is not None else distiller.teacher.to(args.device)
-        cache = teacher_cache(teacher, data, tokenizer, Path(root)/'teacher_cache', progress=progress)
+        cache = teacher_cache(distiller.teacher, data, tokenizer, Path(root)/'teacher_cache', progress=progress)
     trainer = DistilTrainer(distiller, args, data, tokenizer, callbacks, cache)
     trainer.description = describe(recipe, distiller, root)
     return trainer
+
+def _teacher_device(recipe, student):
+    "The student's, unless there is another CUDA device that was asked for"
+    return student if student.type != 'cuda' or recipe.tdevice_id in (None, recipe.device_id) else torch.device(pick_device(recipe.tdevice_id))
 
 def run(
     recipe: Recipe,          # what to run
@@ -302,7 +306,7 @@ def describe(
     return dict(recipe=recipe.to_dict(), mapping=mapping_to_dict(distiller.mapping),
                 teacher=None if teacher is None else dict(folder=str(teacher.resolve()), sha256=file_hash(teacher/'model.safetensors')))
 
-# %% ../nbs/08_recipes.ipynb #62d9e893
+# %% ../nbs/08_recipes.ipynb #7dcb6b31
 def plan(
     recipe: Recipe,          # what would run
     root: str='experiments', # where experiments live
@@ -339,7 +343,7 @@ def _plan_data(recipe, task, missing):
     if task.name == 'toy' and recipe.data_dir is None: return found | dict(folder=None, rows=(rows := len(load_task('toy', recipe.dataset, size=recipe.train_size)))), rows
     folder = Path(recipe.data_dir) if recipe.data_dir else find_data(task)
     file = folder and folder/f'{recipe.dataset}.tsv'
-    rows = len(load_task(task, recipe.dataset, str(folder), recipe.train_size)) if file and file.is_file() else None
+    rows = len(load_task(task, recipe.dataset, str(folder), recipe.train_size, bad_rows=recipe.bad_rows)) if file and file.is_file() else None
     if rows is None: missing.append(f'data: {file}' if file else f'data: no folder {task.folder} in $LAD_NB_GLUE, data/fine_tune or data/glue; the hub would be asked for nyu-mll/glue')
     return found | dict(folder=folder and str(folder), rows=rows), rows
 

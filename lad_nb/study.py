@@ -7,7 +7,7 @@ __all__ = ['section5', 'closer', 'user_defined', 'quirks', 'claims', 'Study', 'h
            'append_result', 'read_results', 'jobs', 'missing', 'chosen_lrs', 'tuning_table', 'run_study', 'collect',
            'collect_teachers', 'cost', 'collect_looks', 'Claim', 'verdicts', 'first_metric', 'miniature', 'open_study']
 
-# %% ../nbs/14_study.ipynb #82c5eb40
+# %% ../nbs/14_study.ipynb #21668a76
 import hashlib, json, os, platform, subprocess, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -24,11 +24,11 @@ from .data import SMALL, encode, get_task, load_task, load_tokenizer
 from .durable import append_line, remove_folder
 from .evaluation import evaluate, predict, score
 from .mappings import mapping_from_dict
-from .recipes import FAST, Recipe, recipe_from_dict, run, run_description
+from .recipes import FAST, Recipe, file_hash, recipe_from_dict, run, run_description, settle
 from .students import load_classifier, random_bert
-from .training import checkpoints, experiment_folder, read_log, versions
+from .training import check_same, checkpoints, experiment_folder, read_log, versions
 
-# %% ../nbs/14_study.ipynb #6c15ec6d
+# %% ../nbs/14_study.ipynb #50157ba3
 @dataclass(frozen=True)
 class Study:
     "Methods x tasks x seeds, and how each method's learning rate is chosen"
@@ -58,19 +58,19 @@ class Study:
     def tuning_recipe(self, task, method, lr) -> Recipe:
         "The recipe of one tuning run: the held-out rows are not trained on"
         recipe = self.recipe(task, method, self.tuning_seed, lr).replace(**self.tuning.get(task, {}))
-        rows = recipe.train_size or len(load_task(task, recipe.dataset, recipe.data_dir))
+        rows = recipe.train_size or len(load_task(task, recipe.dataset, recipe.data_dir, bad_rows=recipe.bad_rows))
         if not 0 < self.held_out.get(task, 0) < rows: raise ValueError(f"held_out for {task} is {self.held_out.get(task)}; learning rates are compared on 1 to {rows - 1} of its {rows} training rows.")
         return recipe.replace(experiment=f'{self.tuned_as or self.name}_tune_{_plain(method)}_{lr:g}', train_size=rows - self.held_out[task])
 
 def _plain(label): return ''.join(c if c.isalnum() or c in '.+=@-' else '_' for c in label)
 
-# %% ../nbs/14_study.ipynb #50438bc9
+# %% ../nbs/14_study.ipynb #29c43551
 def held_out_rows(
     recipe: Recipe, # of a tuning run
     rows: int,      # how many
 ):                  # Dataset
     "Training rows that a run with a `train_size` did not see: those that its draw put next"
-    return load_task(recipe.task, recipe.dataset, recipe.data_dir, recipe.train_size + rows, recipe.sample_seed).select(range(recipe.train_size, recipe.train_size + rows))
+    return load_task(recipe.task, recipe.dataset, recipe.data_dir, recipe.train_size + rows, recipe.sample_seed, recipe.bad_rows).select(range(recipe.train_size, recipe.train_size + rows))
 
 def _scores(folder, recipe, held_out):
     if not held_out: return evaluate(folder, recipe.task, 'dev', recipe.data_dir, recipe.max_seq_len, device_id=recipe.device_id)
@@ -104,13 +104,14 @@ def look(
 
 @cache
 def code_version() -> dict:
-    "What code ran: a hash of the package's files, and the commit if there is one"
+    "What code ran: a hash of the package's files, and the commit if there is one; a + says that files differ from it"
     import lad_nb
     files = sorted(Path(lad_nb.__file__).parent.glob('*.py'))
     found = dict(sha256=hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()[:16])
-    try: commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=files[0].parent, capture_output=True, text=True)
+    def git(*words): return subprocess.run(['git', *words], cwd=files[0].parent, capture_output=True, text=True)
+    try: ours = git('ls-files', '--error-unmatch', files[0].name).returncode == 0 # not somebody's repository around an installed copy
     except OSError: return found
-    return found | (dict(commit=commit.stdout.strip()) if commit.returncode == 0 else {})
+    return found | (dict(commit=git('rev-parse', '--short', 'HEAD').stdout.strip() + '+'*bool(git('status', '--porcelain', '--', '.').stdout)) if ours else {})
 
 def append_result(
     results: str, # folder of the results
@@ -130,8 +131,8 @@ def read_results(
 
 def _line(job, folder, held_out=0):
     "What is kept of a run"
-    recipe = recipe_from_dict(job['recipe'])
-    return {k: job[k] for k in ('study', 'stage', 'task', 'method', 'seed', 'recipe')} | dict(scores=_scores(folder, recipe, held_out), finished=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+    recipe, teacher = recipe_from_dict(job['recipe']), run_description(folder).get('teacher')
+    return {k: job[k] for k in ('study', 'stage', 'task', 'method', 'seed', 'recipe')} | dict(teacher_sha256=teacher and teacher['sha256'][:16], scores=_scores(folder, recipe, held_out), finished=datetime.now(timezone.utc).isoformat(timespec='seconds'),
         versions=versions() | dict(processor=_processor()), code=code_version())
 
 def _one(job, root, results):
@@ -146,16 +147,20 @@ def _one(job, root, results):
     for checkpoint in checkpoints(folder).values(): remove_folder(checkpoint)
     return line
 
-def _teach(study, root, results, say):
-    "Fine-tune the teachers that are not there, and write their scores down"
-    done = {_key(line) for line in read_results(results)}
-    for task in study.tasks:
+def _teach(study, tasks, root, results, say):
+    "Fine-tune the teachers that are not there, and write their scores down; one that is there has to be the one that the results speak of"
+    done = {_key(line): line for line in read_results(results)}
+    for task in tasks:
         recipe, job = study.teachers[task], _teacher_job(study, task)
         folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
-        if not (folder/'model.safetensors').exists():
+        if (folder/'model.safetensors').exists(): check_same(folder, dict(recipe=(recipe if recipe.epoch is None else settle(recipe, recipe.train_size or len(load_task(task, recipe.dataset, recipe.data_dir, bad_rows=recipe.bad_rows)))).to_dict()))
+        else:
             say(f'teacher on {task}: {recipe.total_step} updates')
             run(recipe, root, resume=True, progress=False)
-        if _key(job) not in done: append_result(results, _line(job, folder) | dict(looks={}))
+        found, line = file_hash(folder/'model.safetensors')[:16], done.get(_key(job), {})
+        if line.get('teacher_sha256', found) != found:
+            raise ValueError(f"The teacher {folder} (sha256 {found}..) is not the one of the results in {results} ({line['teacher_sha256']}..): students of two teachers would be compared. Put that one there, or collect into another folder of results.")
+        if not line: append_result(results, _line(job, folder) | dict(teacher_sha256=found, looks={}))
 
 def _teacher_job(study, task): return dict(study='teachers', stage='teacher', task=task, method='teacher', seed=study.teachers[task].seed, recipe=study.teachers[task].to_dict())
 
@@ -218,7 +223,7 @@ def tuning_table(
     rows = [dict(task=l['task'], method=l['method'], lr=l['recipe']['lr'], metric=(m := get_task(l['task']).metrics[0]), value=l['scores'][m]) for l in _finished(study, results, 'tune')]
     return pd.DataFrame(rows, columns=['task', 'method', 'lr', 'metric', 'value'])
 
-# %% ../nbs/14_study.ipynb #45b9d8aa
+# %% ../nbs/14_study.ipynb #2b373e28
 def run_study(
     study: Study,
     root: str='experiments', # of run folders
@@ -229,10 +234,10 @@ def run_study(
     say=print,               # gets a line per finished run
 ) -> pd.DataFrame:           # as `collect`
     "Fine-tune the teachers, choose learning rates, run the grid; whatever has a result already is left as it is"
-    _teach(study, root, results, say)
     failed = []
     for stage in [stage] if stage else (['tune'] if study.lrs else []) + ['run']:
         todo = missing(study, results, stage)
+        _teach(study, [t for t in study.tasks if any(j['task'] == t for j in todo)], root, results, say)
         say(f"{study.name}, {stage}: {len(todo)} of {len(jobs(study, results, stage))} runs to do, {processes} at a time")
         failed += _run_all(todo, root, results, processes, threads, say)
         if failed: raise RuntimeError(f"{len(failed)} runs failed, the others are done; start the study again when the cause is mended:\n" + '\n'.join(failed))
@@ -246,7 +251,11 @@ def _run_all(todo, root, results, processes, threads, say):
         except Exception as e: failed.append(f"{job['task']} {job['method']} seed {job['seed']}: {type(e).__name__}: {e}"); say('failed: ' + failed[-1])
         else: say(pace.after(job, line))
     if processes == 1:
-        for job in todo: done(job, lambda: _one(job, root, results))
+        before = torch.get_num_threads()
+        if threads: torch.set_num_threads(threads)
+        try:
+            for job in todo: done(job, lambda: _one(job, root, results))
+        finally: torch.set_num_threads(before)
         return failed
     threads = threads or max(1, os.cpu_count()//processes)
     before, os.environ['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS'), str(threads)
@@ -362,11 +371,11 @@ quirks = replace(_like_lad, name='quirks', looks=('agreement', 'contributions'),
     'random embeddings': dict(method='lad', copy_embeddings=False), 'sequence norm': dict(method='lad', norm='sequence', **_padded), 'unmasked loss': dict(method='lad', mask_padding=False, **_padded),
     'exact': dict(method='lad', norm='sequence', mask_padding=False, length_groups=False, **_padded)})
 
-# %% ../nbs/14_study.ipynb #7e55f657
+# %% ../nbs/14_study.ipynb #f622cbed
 @dataclass(frozen=True)
 class Claim:
     "That one method does better than another"
-    section: str # of the paper; 'ours' for those it does not make
+    section: str # of the paper; 'ours' where we ask and it does not
     text: str    # in words
     better: str  # a method of a study
     worse: str   # another
@@ -377,8 +386,8 @@ claims = (
     Claim('5.1', 'LAD is better than taking the low gates', 'LAD', 'low gates (1, 2, 3)'),
     Claim('5.1', 'LAD is better than taking the high gates', 'LAD', 'high gates (4, 5, 6)'),
     Claim('5.1', 'LAD is better than its gates upside down', 'LAD', 'upside down (6, 4, 2)'),
-    Claim('5.1', 'LAD is better than the last gate alone', 'LAD', 'last gate for the last layer'),
-    Claim('5.1', 'LAD is better than a chain from the top down', 'LAD', 'chain from the top'),
+    Claim('ours', 'LAD is better than the last gate alone', 'LAD', 'last gate for the last layer'),
+    Claim('ours', 'LAD is better than a chain from the top down', 'LAD', 'chain from the top'),
     Claim('5.2', 'all hidden states teach more than [CLS]', 'LAD', 'LAD-CLS'),
     Claim('5.3', 'gates are better than attention token by token', 'LAD', 'ALP-KD-hidden'),
     Claim('5.3', 'gates are better than attention by [CLS]', 'LAD', 'ALP-KD-v2'),
@@ -394,21 +403,21 @@ def verdicts(
     results: pd.DataFrame, # from `collect`; one metric per task
     claims: tuple=claims,  # those whose methods are not in the results are left out
     **how,                 # level, resamples, seed: as in `analysis.interval`
-) -> pd.DataFrame:         # section, claim, task, metric, n, mean, low, high (t interval of the paired difference), verdict
+) -> pd.DataFrame:         # section, claim, difference (which less which), task, metric, n, mean, low, high (t interval, seed by seed), verdict
     "Which claims hold, as far as these runs can tell; from three seeds on"
     rows, there = [], set(results.method)
     for c in (c for c in claims if {c.better, c.worse} <= there):
         pairs = paired_differences(results[results.method.isin((c.better, c.worse))], c.worse, **how)
-        rows += [dict(section=c.section, claim=c.text, task=d.task, metric=d.metric, n=d.n, mean=d.mean, low=d.t_low, high=d.t_high, verdict=_verdict(d.n, d.t_low, d.t_high)) for d in pairs.itertuples(index=False) if d.n]
-    return pd.DataFrame(rows, columns=['section', 'claim', 'task', 'metric', 'n', 'mean', 'low', 'high', 'verdict'])
+        rows += [dict(section=c.section, claim=c.text, difference=f'{c.better} − {c.worse}', task=d.task, metric=d.metric, n=d.n, mean=d.mean, low=d.t_low, high=d.t_high, verdict=_verdict(d.n, d.t_low, d.t_high)) for d in pairs.itertuples(index=False) if d.n]
+    return pd.DataFrame(rows, columns=['section', 'claim', 'difference', 'task', 'metric', 'n', 'mean', 'low', 'high', 'verdict'])
 
 def _verdict(n, low, high): return "can't tell here" if n < 3 else 'holds' if low > 0 else 'does not hold' if high < 0 else "can't tell here"
 
 def first_metric(
     results: pd.DataFrame, # from `collect`
 ) -> pd.DataFrame:
-    "Each task's own metric alone: MRPC's F1, say"
-    return results[[get_task(t).metrics[0] == m for t, m in zip(results.task, results.metric)]]
+    "Each task's own metric alone: MRPC's F1, MNLI's accuracy on its matched dev set"
+    return results[[m in (first := get_task(t).metrics[0], f'{first}_matched') for t, m in zip(results.task, results.metric)]]
 
 # %% ../nbs/14_study.ipynb #fd86751d
 def miniature(

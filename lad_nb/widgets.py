@@ -6,8 +6,8 @@
 __all__ = ['StepRecord', 'weight_groups', 'Pace', 'Reader', 'Stepper', 'Picture', 'draw_record', 'draw_run', 'Panel', 'panel',
            'LiveView']
 
-# %% ../nbs/11_widgets.ipynb #60bc8d97
-import contextlib, functools, html, io, random, signal, threading, time, warnings, weakref
+# %% ../nbs/11_widgets.ipynb #d204bdeb
+import contextlib, functools, html, io, signal, threading, time, warnings, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from .mappings import Mapping, mapping_edges
 from .plots import plot_contributions, plot_mapping
 from .recipes import Recipe, make_trainer
-from .training import DistilTrainer, LossParts, check_new, checkpoints, experiment_folder, train
+from .training import DistilTrainer, LossParts, check_new, checkpoints, experiment_folder, random_state, set_random_state, train
 
 # %% ../nbs/11_widgets.ipynb #24ede134
 @dataclass(repr=False)
@@ -255,35 +255,27 @@ def _sum_up(states):
     return dict(contributions=None if contributions[0] is None else mean(contributions).cpu(), openness={k: (m, max(0., s - m*m)**.5) for k, (m, s) in moments.items()},
                 attention={m: mean([a[m] for a in attention]).tolist() for m in attention[0]})
 
-# %% ../nbs/11_widgets.ipynb #d143775a
+# %% ../nbs/11_widgets.ipynb #d2aca642
 class _Leave(Exception): "Takes the worker out of `Trainer.train`, at the beginning of an update"
-
-def _random_state():
-    "Of all that Trainer keeps in a checkpoint"
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-
-def _set_random_state(state):
-    random.setstate(state[0]), np.random.set_state(state[1]), torch.set_rng_state(state[2])
-    if state[3] is not None: torch.cuda.set_rng_state_all(state[3])
 
 class _Hold(TrainerCallback):
     "Where the worker waits for its turn"
     def __init__(self): self.turn, self.target, self.leave, self.held, self.over, self.error, self.done, self.total, self.listeners = threading.Condition(), 0, None, False, False, None, 0, None, []
 
-    def on_train_begin(self, args, state, control, **kwargs): self.random, self.done, self.total = _random_state(), state.global_step, state.max_steps
+    def on_train_begin(self, args, state, control, **kwargs): self.random, self.done, self.total = random_state(), state.global_step, state.max_steps
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.leave is None and state.global_step < self.target: return
-        now = _random_state()
+        now = random_state()
         with self.turn:
             self.held = True
             self.turn.notify_all()
         self.tell('held')
         with self.turn: self.turn.wait_for(lambda: self.leave is not None or self.target > state.global_step)
         if self.leave is not None: raise _Leave
-        _set_random_state(now)
+        set_random_state(now)
 
-    def on_step_end(self, args, state, control, **kwargs): self.random, self.done = _random_state(), state.global_step
+    def on_step_end(self, args, state, control, **kwargs): self.random, self.done = random_state(), state.global_step
 
     def tell(self, event):
         "To whoever listens; a picture that fails must not end a training"
@@ -319,7 +311,7 @@ def _save_here(trainer, hold):
     "A checkpoint as it would have been right after the last update, and an orderly end"
     step = trainer.state.global_step
     if hold.leave == 'save' and step and step not in checkpoints(trainer.args.output_dir):
-        _set_random_state(hold.random)
+        set_random_state(hold.random)
         trainer._save_checkpoint(trainer.model, None)
     trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 

@@ -1,4 +1,5 @@
 """Makes README.md from nbs/index.ipynb: hidden cells and directives left out, links as seen from the project's top."""
+import posixpath
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def readme():
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if 'image/png' not in o.get('data', {}) and o.get('name') != 'stderr']
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    text = re.sub(r'\]\(images/', '](nbs/images/', text)
+    text = re.sub(r'\]\((?!https?:|#)([^)]+)\)', lambda m: f"]({posixpath.normpath('nbs/' + m[1])})", text)
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 

@@ -1,4 +1,5 @@
-"""The README is the index notebook, and what it points at is there."""
+"""The README is the index notebook, and what it and the notebooks point at is there."""
+import json
 import re
 import subprocess
 import sys
@@ -14,6 +15,13 @@ def test_readme_is_made_from_the_index():
 def test_links_lead_somewhere():
     links = [link for link in re.findall(r'\]\(([^)#]+)\)', (ROOT/'README.md').read_text()) if not link.startswith('http')]
     assert len(links) > 12 and not [link for link in links if not (ROOT/link).exists()]
+    lost, found = [], 0
+    for path in (ROOT/'nbs').rglob('*.ipynb'):
+        text = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown')
+        for link in re.findall(r'\]\((?!https?:|#)([^)#\s]+)', text):
+            found += 1
+            if not (path.parent/link).exists(): lost.append(f'{path.name}: {link}')
+    assert found > 100 and not lost
 
 
 def test_commands_of_the_readme_parse():

@@ -78,7 +78,7 @@ def own_frames(rows=24):
 
 
 def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
-    """From frames to predictions at the command line, which learns of the task from its folder."""
+    """From frames to predictions at the command line, which learns of the task from its folder, and from a run that names the folder."""
     monkeypatch.chdir(tmp_path)
     frames = own_frames()
     write_task('mood', 'data', ['bad', 'neither', 'good'], ['text'], 'mood', **frames)
@@ -87,14 +87,31 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
     del tasks['mood']  # another process does not know it
     common = '--experiment t --task mood --data_dir data --device_id -1'
     assert cli.main(f'run_fine_tune {common} --ptrain_ver {SMALL} --max_seq_len 16 --batch_size 8 --total_step 2 --warmup_step 1 --ckpt_step 2 --lr 5e-5'.split()) == 0
-    del tasks['mood']
-    assert cli.main(f'generate_test_prediction {common} --out answers'.split()) == 0
+    capsys.readouterr()
+    for command in ('run_fine_tune_eval --experiment t --task mood', 'rerun experiments/t_bert_mood', 'generate_test_prediction --experiment t --task mood --out answers'):
+        del tasks['mood']
+        assert cli.main([*command.split(), *(['--device_id', '-1'] if 'task' in command else [])]) == 0, capsys.readouterr().err
     answers = pd.read_csv('answers/mood.tsv', sep='\t')
     assert len(answers) == 6 and set(answers.prediction) <= {'bad', 'neither', 'good'}
     del tasks['mood']
     capsys.readouterr()
     assert cli.main(f'run_fine_tune {common.replace("data_dir data", "data_dir answers")} --ptrain_ver {SMALL}'.split()) == 2
     assert 'write_task or open_task' in capsys.readouterr().err
+
+
+def test_lines_with_a_wrong_number_of_fields(tmp_path, monkeypatch, capsys):
+    """QQP has some: refused with the way out, which is a flag; and it is refused to predict a test split that is not there."""
+    monkeypatch.chdir(tmp_path)
+    write_task('mood', 'data', ['bad', 'neither', 'good'], ['text'], 'mood', **{k: f for k, f in own_frames().items() if k != 'test'})
+    with open('data/train.tsv', 'a') as f: f.write('no label\n')
+    common = f'run_fine_tune --task mood --data_dir data --device_id -1 --ptrain_ver {SMALL} --max_seq_len 16 --batch_size 8 --epoch 1 --warmup_step 1 --lr 5e-5'
+    assert cli.main(f'{common} --experiment t'.split()) == 2 and '--bad_rows skip' in capsys.readouterr().err
+    assert cli.main(f'{common} --experiment t --bad_rows skip'.split()) == 0
+    out = capsys.readouterr()
+    assert 'left out 1 lines' in out.err and 'fine_tune, 3 updates' in out.out
+    assert cli.main('generate_test_prediction --experiment t --task mood --device_id -1'.split()) == 2
+    assert 'mood has no test split. Its splits are: train, dev' in capsys.readouterr().err
+    del tasks['mood']
 
 
 @pytest.mark.parametrize('change, said', [
