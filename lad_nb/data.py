@@ -8,9 +8,10 @@ __all__ = ['tasks', 'NAMES', 'KINDS', 'OPPOSITES', 'DEEDS', 'ACTIONS', 'THINGS',
            'people', 'places', 'toy_examples', 'find_data', 'features', 'splits', 'load_task', 'write_task',
            'open_task', 'model_folder', 'check_model', 'load_tokenizer', 'encode', 'collator']
 
-# %% ../nbs/00_data.ipynb #9cd09a68
+# %% ../nbs/00_data.ipynb #b530d2ee
 import contextlib, hashlib, importlib.util, json, os, random, re, warnings
 from collections import Counter
+from decimal import Decimal
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
@@ -96,7 +97,7 @@ def _lines(path):
                                  "A line of tab-separated text was expected.")
             yield n, text
 
-# %% ../nbs/00_data.ipynb #ab8ad4d4
+# %% ../nbs/00_data.ipynb #ea014dcc
 def read_tsv(
     path: str,           # the file
     task: str,           # whose columns and labels to expect
@@ -135,7 +136,7 @@ def _rows(path, task, labelled, bad_rows):
 
 def _label(task, text, where):
     if task.regression:
-        score = float(text) if re.fullmatch(r'[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?', text) else float('nan')
+        score = float(text) if re.fullmatch(r'[0-9]+(\.[0-9]*)?', text) else float('nan')
         if not 0 <= score <= 5: raise ValueError(f"{where}: the score is {text!r}; a number from 0 to 5 was expected.")
         return score
     if text not in task.spelling:
@@ -356,7 +357,7 @@ def load_task(
     if not 0 < size <= len(data): raise ValueError(f"size is {size}; the {split} split of {task.name} has {len(data)} rows, so 1 to {len(data)} is allowed.")
     return data.shuffle(seed=sample_seed).select(range(size))
 
-# %% ../nbs/00_data.ipynb #7f03229a
+# %% ../nbs/00_data.ipynb #a9023421
 def write_task(
     name: str,               # what `Recipe(task=..)` will call it
     folder: str,             # gets train.tsv, dev.tsv, (test.tsv) and task.json; recipes name it as data_dir
@@ -399,7 +400,7 @@ def _tsv(task, frame, split):
     for i, row in zip(frame.index, frame[[*wanted]].itertuples(index=False, name=None)):
         fields = [' '.join(x.replace('\0', ' ').split()) if isinstance(x, str) else '' for x in row[:len(task.columns)]]
         if '' in fields: raise ValueError(f"{split}, row {i}: {task.columns[fields.index('')]!r} is {row[fields.index('')]!r}; a text was expected. Fill it in or drop the row.")
-        label = [str(x) for x in row[len(task.columns):]]
+        label = [format(Decimal(str(x)), 'f') if isinstance(x, float) else str(x) for x in row[len(task.columns):]] # no exponents: they are not read
         if label and task.regression: _label(task, label[0], f'{split}, row {i}')
         elif label and label[0] not in task.labels: raise ValueError(f"{split}, row {i}: the label is {label[0]!r}; {' or '.join(map(repr, task.labels))} was expected.")
         lines.append('\t'.join(fields + label))
