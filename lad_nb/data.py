@@ -8,11 +8,11 @@ __all__ = ['tasks', 'NAMES', 'KINDS', 'OPPOSITES', 'DEEDS', 'ACTIONS', 'THINGS',
            'people', 'places', 'toy_examples', 'find_data', 'features', 'splits', 'load_task', 'write_task',
            'open_task', 'model_folder', 'check_model', 'load_tokenizer', 'encode', 'collator']
 
-# %% ../nbs/00_data.ipynb #b530d2ee
+# %% ../nbs/00_data.ipynb #ad270eed
 import contextlib, hashlib, importlib.util, json, os, random, re, warnings
 from collections import Counter
-from decimal import Decimal
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from functools import cache
 from itertools import islice
 from pathlib import Path
