@@ -425,7 +425,7 @@ def loss_parts(
     hidden = recipe['mu']/recipe['num_hidden_layers'] if distils else 0.
     return table.assign(weighted=table.value*table.part.map(lambda p: weight.get(p, hidden)))
 
-# %% ../nbs/09_analysis.ipynb #1ffe3e04
+# %% ../nbs/09_analysis.ipynb #4f0b376a
 _columns = ['task', 'method', 'seed', 'metric', 'value']
 
 def _check_results(results):
@@ -441,11 +441,11 @@ def interval(
     level: float=.95,     # of both intervals
     resamples: int=9999,  # of the bootstrap
     seed: int=0,          # of its draws
-) -> dict:                # n, mean, sd, low, high (percentile bootstrap), t_low, t_high; NaN where n is too small
+) -> dict:                # n, mean, sd, low, high (percentile bootstrap), t_low, t_high, level; NaN where n is too small
     "Mean of a few numbers, and where it may be"
     if not 0 < level < 1: raise ValueError(f"level is {level}; a share between 0 and 1 was expected, such as 0.95.")
     values, nan = np.asarray(values, float), float('nan')
-    n, out = len(values), dict(n=len(values), mean=nan, sd=nan, low=nan, high=nan, t_low=nan, t_high=nan)
+    n, out = len(values), dict(n=len(values), mean=nan, sd=nan, low=nan, high=nan, t_low=nan, t_high=nan, level=level)
     if n: out |= dict(mean=values.mean())
     if n > 1:
         out |= dict(sd=values.std(ddof=1))
@@ -461,9 +461,9 @@ def summarise(
     "Mean over seeds with intervals, in the order in which tasks, methods and metrics first appear"
     _check_results(results)
     rows = [dict(zip(('task', 'method', 'metric'), key)) | interval(g.value, **how) for key, g in results.groupby(['task', 'method', 'metric'], sort=False)]
-    return pd.DataFrame(rows, columns=['task', 'method', 'metric', 'n', 'mean', 'sd', 'low', 'high', 't_low', 't_high']).assign(level=how.get('level', .95))
+    return pd.DataFrame(rows, columns=['task', 'method', 'metric', 'n', 'mean', 'sd', 'low', 'high', 't_low', 't_high', 'level'])
 
-# %% ../nbs/09_analysis.ipynb #8dec44ba
+# %% ../nbs/09_analysis.ipynb #ed42cb79
 def paired_differences(
     results: pd.DataFrame,      # task, method, seed, metric, value
     against: str='undistilled', # the method to compare with
@@ -472,7 +472,7 @@ def paired_differences(
     "Difference from another method, seed by seed"
     pairs = seed_differences(results, against)
     rows = [dict(zip(('task', 'method', 'metric'), key)) | dict(against=against) | interval(g.difference.dropna(), **how) for key, g in pairs.groupby(['task', 'method', 'metric'], sort=False)]
-    return pd.DataFrame(rows, columns=['task', 'method', 'metric', 'against', 'n', 'mean', 'sd', 'low', 'high', 't_low', 't_high']).assign(level=how.get('level', .95))
+    return pd.DataFrame(rows, columns=['task', 'method', 'metric', 'against', 'n', 'mean', 'sd', 'low', 'high', 't_low', 't_high', 'level'])
 
 def seed_differences(
     results: pd.DataFrame,      # task, method, seed, metric, value
