@@ -28,7 +28,7 @@ from .recipes import FAST, Recipe, file_hash, recipe_from_dict, run, run_descrip
 from .students import load_classifier, random_bert
 from .training import check_same, checkpoints, experiment_folder, read_log, versions
 
-# %% ../nbs/14_study.ipynb #50157ba3
+# %% ../nbs/14_study.ipynb #57d87ac9
 @dataclass(frozen=True)
 class Study:
     "Methods x tasks x seeds, and how each method's learning rate is chosen"
@@ -58,13 +58,15 @@ class Study:
     def tuning_recipe(self, task, method, lr) -> Recipe:
         "The recipe of one tuning run: the held-out rows are not trained on"
         recipe = self.recipe(task, method, self.tuning_seed, lr).replace(**self.tuning.get(task, {}))
-        rows = recipe.train_size or len(load_task(task, recipe.dataset, recipe.data_dir, bad_rows=recipe.bad_rows))
+        rows = _train_rows(recipe)
         if not 0 < self.held_out.get(task, 0) < rows: raise ValueError(f"held_out for {task} is {self.held_out.get(task)}; learning rates are compared on 1 to {rows - 1} of its {rows} training rows.")
         return recipe.replace(experiment=f'{self.tuned_as or self.name}_tune_{_plain(method)}_{lr:g}', train_size=rows - self.held_out[task])
 
+def _train_rows(recipe): return recipe.train_size or len(load_task(recipe.task, recipe.dataset, recipe.data_dir, bad_rows=recipe.bad_rows))
+
 def _plain(label): return ''.join(c if c.isalnum() or c in '.+=@-' else '_' for c in label)
 
-# %% ../nbs/14_study.ipynb #29c43551
+# %% ../nbs/14_study.ipynb #7e8cbcb0
 def held_out_rows(
     recipe: Recipe, # of a tuning run
     rows: int,      # how many
@@ -153,7 +155,7 @@ def _teach(study, tasks, root, results, say):
     for task in tasks:
         recipe, job = study.teachers[task], _teacher_job(study, task)
         folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
-        if (folder/'model.safetensors').exists(): check_same(folder, dict(recipe=(recipe if recipe.epoch is None else settle(recipe, recipe.train_size or len(load_task(task, recipe.dataset, recipe.data_dir, bad_rows=recipe.bad_rows)))).to_dict()))
+        if (folder/'model.safetensors').exists(): check_same(folder, dict(recipe=settle(recipe, _train_rows(recipe)).to_dict()))
         else:
             say(f'teacher on {task}: {recipe.total_step} updates')
             run(recipe, root, resume=True, progress=False)
