@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .gates import Aggregates, GateChain, contributions
-from .losses import hard_loss, hidden_loss, soft_loss
+from .losses import hard_loss, hidden_loss, soft_loss, widen
 from .mappings import Mapping, States
 
 # %% ../nbs/05_distiller.ipynb #2807b0e3
@@ -61,6 +61,19 @@ class Objective(nn.Module):
         gates = {} if self.gates is None else {f'gate {k}': self.gates.gate[str(p)] for k, p in self.gates.place.items() if str(p) in self.gates.gate}
         return gates | {f'projection {m}': block for m, block in (self.project or {}).items()}
 
+    def states(self,
+        student_hidden: list,        # M tensors (B, S, H of the student)
+        teacher_hidden: list,        # T tensors (B, S, H)
+        aggregates: Aggregates,      # what the gates made of them
+        attention_mask: Tensor=None, # (B, S)
+    ) -> States:
+        "What sources see: the student at the teacher's width; what they read directly is in fp32 at least"
+        direct = self.mapping.reads_directly
+        teacher = [widen(h) if k in direct else h for k, h in enumerate(teacher_hidden, start=1)]
+        student = [self.project[str(m)](h) if self.project is not None and str(m) in self.project else h
+                   for m, h in enumerate(student_hidden, start=1)]
+        return States(teacher, [widen(h) for h in student], aggregates.state, attention_mask)
+
     def forward(self,
         student_hidden: list,        # M tensors (B, S, H of the student)
         student_logits: Tensor,      # (B, C)
@@ -72,21 +85,21 @@ class Objective(nn.Module):
         tokens: Tensor=None,         # scalar: see `losses.hidden_loss`
     ) -> DistilOutput:
         "The loss of one batch, and its parts"
-        zero = student_logits.new_zeros(())
+        zero = widen(student_logits.new_zeros(()))
         hard = hard_loss(student_logits, labels, self.regression) if self.hard_weight else zero
         soft = soft_loss(student_logits, teacher_logits, self.softmax_temp, self.regression) if self.soft_weight else zero
         out = DistilOutput(hard=hard, soft=soft, student_logits=student_logits, teacher_logits=teacher_logits)
         hidden, targets, attention, aggregates = [], [], {}, Aggregates()
         if self.mapping.pairs:
             aggregates = self.gates(teacher_hidden) if self.gates is not None else aggregates
-            student = student_hidden if self.project is None else [self.project[str(m)](h) if str(m) in self.project else h for m, h in enumerate(student_hidden, start=1)]
-            states = States(teacher_hidden, student, aggregates.state, attention_mask)
+            states = self.states(student_hidden, teacher_hidden, aggregates, attention_mask)
             for pair in self.mapping.pairs:
                 target = pair.source(states, pair.student)
                 if isinstance(target, tuple): target, attention[pair.student] = target
                 targets.append(target)
-                hidden.append(hidden_loss(student[pair.student - 1], target, self.mapping.on, attention_mask if self.mask_padding else None, tokens))
-        out.hidden = torch.stack(hidden) if hidden else student_logits.new_zeros(0)
+                mask = attention_mask if self.mask_padding else None
+                hidden.append(hidden_loss(states.student[pair.student - 1], target, self.mapping.on, mask, tokens))
+        out.hidden = torch.stack(hidden) if hidden else zero.new_zeros(0)
         out.loss = self.hard_weight*hard + self.soft_weight*soft + self.mu/self.mapping.M*out.hidden.sum()
         if output_states:
             out.student_hidden, out.teacher_hidden = tuple(student_hidden), None if teacher_hidden is None else tuple(teacher_hidden)
