@@ -19,7 +19,7 @@ from .data import SMALL, get_task, open_task
 from .evaluation import best_checkpoint, costs, evaluate, run_setting, score_checkpoints, write_predictions
 from .mappings import Gate
 from .plots import plot_contributions
-from .recipes import FAITHFUL, FAST, OURS, Recipe, mapping_of, plan, rerun, run
+from .recipes import FAITHFUL, faithful, FAST, OURS, Recipe, mapping_of, plan, rerun, run
 from .training import experiment_folder, find_checkpoint
 
 # %% ../nbs/12_cli.ipynb #4f3d9ff6
@@ -88,7 +88,8 @@ _other = dict(run_fine_tune_eval='score every checkpoint of an experiment, name 
               generate_test_prediction="write a checkpoint's GLUE submission file", rerun='train the recipe of a run folder again, to the same bytes',
               quickstart='teacher, LAD student and undistilled student on the toy task, in minutes',
               benchmark='how much faster than a plain loop, how near to the floor: every mode, timed in one process')
-_faithful_help = ("the paper scripts' choices: gates normed over the sequence, batches padded to max_seq_len, random student embeddings, padding counted in the hidden loss. "
+_faithful_help = ("the paper scripts' choices: gates normed over the sequence, batches padded to max_seq_len, random student embeddings "
+                  "(and layers that no named source pairs), padding counted in the hidden loss, an epoch's last batch kept. "
                   "It is the default, because these commands are there to reproduce; --no-faithful copies embeddings, norms tokens and masks padding, which is usually better and always faster")
 
 class _Parser(argparse.ArgumentParser):
@@ -177,7 +178,7 @@ def recipe_of(
     if args.num_class is not None and args.num_class != get_task(args.task).num_labels:
         raise ValueError(f"--num_class is {args.num_class}; the task {args.task} has {get_task(args.task).num_labels} ({', '.join(get_task(args.task).id2label.values())}).")
     if method == 'fine_tune': given = dict(soft_weight=0., hard_weight=1., mu=0.) | given
-    return Recipe(**(FAST if args.fast else FAITHFUL if args.faithful else OURS) | given)
+    return Recipe(**(FAST if args.fast else faithful(method) if args.faithful else OURS) | given)
 
 # %% ../nbs/12_cli.ipynb #d13cfdba
 def main(

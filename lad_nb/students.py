@@ -102,20 +102,24 @@ def random_bert(
 
 # %% ../nbs/03_students.ipynb #e82a4642
 def init_layers(
-    init,   # 'even', 'first', or {student layer: encoder layer}; a dict may leave layers out, they are spread evenly
+    init,   # 'even', 'first', or {student layer: encoder layer, or None: random}; layers left out are spread evenly
     T: int, # encoder layers
     M: int, # student layers
-) -> dict:  # {student layer: encoder layer}, for all M
+) -> dict:  # {student layer: encoder layer or None}, for all M
     "Where each student layer starts from"
-    if isinstance(init, str) and init not in ('even', 'first'): raise ValueError(f"student_init is {init!r}; it is 'even', 'first', or pairs student layer: encoder layer.")
-    if init == 'even' and T % M: raise ValueError(f"student_init 'even' needs an M that divides the encoder's {T} layers; M is {M}. Take 'first', or name pairs.")
+    if isinstance(init, str) and init not in ('even', 'first'):
+        raise ValueError(f"student_init is {init!r}; it is 'even', 'first', or pairs student layer: encoder layer.")
+    if init == 'even' and T % M:
+        raise ValueError(f"student_init 'even' needs an M that divides the encoder's {T} layers; M is {M}. Take 'first', or name pairs.")
     if init == 'first' and M > T: raise ValueError(f"student_init 'first' takes layers 1 to {M}, but the encoder has {T}.")
     if init == 'first': return {m: m for m in range(1, M + 1)}
     named = {} if init == 'even' else dict(init)
     for m, k in named.items():
-        if not 1 <= m <= M or not 1 <= k <= T: raise ValueError(f"student_init {m}: {k} is out of range; student layers are 1 to {M}, encoder layers 1 to {T}.")
+        if not 1 <= m <= M or not (k is None or 1 <= k <= T):
+            raise ValueError(f"student_init {m}: {k} is out of range; student layers are 1 to {M}, encoder layers 1 to {T}.")
     return {m: named.get(m, max(1, round(m*T/M))) for m in range(1, M + 1)}
 
+# %% ../nbs/03_students.ipynb #685f48f6
 def make_student(
     encoder: nn.Module,           # `BertModel` to copy from: the pretrained one, or the fine-tuned teacher's `.bert`
     num_hidden_layers: int,       # M
@@ -145,7 +149,8 @@ def make_student(
         was = ', '.join(f'{k} {v} (encoder: {getattr(encoder.config, k)})' for k, v in differ.items())
         warnings.warn(f"The student differs from the encoder in {was}: nothing can be copied, so it starts from random weights.")
         return student
-    for m, k in start.items(): student.bert.encoder.layer[m - 1].load_state_dict(encoder.encoder.layer[k - 1].state_dict())
+    for m, k in start.items():
+        if k is not None: student.bert.encoder.layer[m - 1].load_state_dict(encoder.encoder.layer[k - 1].state_dict())
     if encoder.pooler is not None: student.bert.pooler.load_state_dict(encoder.pooler.state_dict())
     if copy_embeddings: student.bert.embeddings.load_state_dict(encoder.embeddings.state_dict())
     return student
