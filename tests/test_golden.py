@@ -11,7 +11,7 @@ from lad_nb.gates import contributions
 from lad_nb.mappings import make_mapping
 
 FOLDER = Path(os.environ.get('LAD_NB_GOLDEN') or Path(__file__).parents[2]/'shared'/'golden')
-FILES = sorted(FOLDER.glob('*.safetensors')) if FOLDER.is_dir() else []
+FILES = sorted(f for f in FOLDER.glob('*.safetensors') if not f.name.startswith('traj_')) # those are test_trajectories.py's
 RELATIVE = 1e-9
 
 # how each method of the reference is said here; T, M: teacher and student layers
@@ -19,6 +19,7 @@ METHODS = dict(
     lad=lambda T, M: make_mapping('lad', T, M),
     lad_cls=lambda T, M: make_mapping('lad_cls', T, M),
     lad_no=lambda T, M: make_mapping('lad_no', T, M),
+    lad_no_bucket=lambda T, M: make_mapping('lad_no_bucket', T, M),
     lad_reversed=lambda T, M: make_mapping('lad_reversed', T, M),
     lad_user_defined=lambda T, M: make_mapping('lad_user_defined', T, M, gate_indices=[T, 2], student_indices=[M, 1]),
     partial_lad_1=lambda T, M: make_mapping('partial_lad', T, M, gate_indices=[T//M]),
@@ -46,6 +47,9 @@ def golden(request):
         return {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
 
 
+def number(method, layer, place): return place if method == 'lad_reversed' else layer # how the reference counts gates
+
+
 def run(golden, method):
     """One forward and backward pass on the reference's states; the tensors that got gradients, and the output."""
     ref, meta = golden
@@ -54,9 +58,9 @@ def run(golden, method):
     logits = ref['student_logits'].clone().requires_grad_()
     objective = Objective(METHODS[method](T, M), H, norm='sequence', seq_len=S, soft_weight=float(meta['soft_weight']),
                           hard_weight=float(meta['hard_weight']), softmax_temp=float(meta['softmax_temp']), mu=float(meta['mu'])).double()
-    blocks = {} if objective.gates is None else dict(objective.gates.gate)
-    for place, gate in blocks.items():
-        gate.load_state_dict({n: ref[f'gate.{place}.{n}'] for n in gate.state_dict()})
+    blocks = {} if objective.gates is None else {number(method, k, p): objective.gates.gate[str(p)]
+                                                 for k, p in objective.gates.place.items() if str(p) in objective.gates.gate}
+    for k, gate in blocks.items(): gate.load_state_dict({n: ref[f'gate.{k}.{n}'] for n in gate.state_dict()})
     teacher = [ref[f'teacher_hidden.{k}'] for k in range(1, T + 1)]
     out = objective(student, logits, teacher, ref['teacher_logits'], ref['labels'], output_states=True)
     out.loss.backward()
