@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .cache import TeacherCache
 from .data import collator
-from .durable import LOCK, append_line, check_links, damage, hold, read_json, remove_folder, settle_folder, write_text
+from .durable import LOCK, append_line, check_links, find_damage, hold, read_json, remove_folder, settle_folder, write_text
 from .distiller import Distiller, DistilOutput, Objective
 from .students import quiet
 
@@ -307,7 +307,7 @@ class DistilTrainer(Trainer):
     def _get_output_dir(self, trial): return str(self._aside or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model, trial):
-        "A checkpoint that is whole or not there: written aside, sealed, renamed"
+        "A checkpoint that is whole or not there: written aside, checksums in it, renamed"
         check_finite(self)
         folder, name = Path(self.args.output_dir), f'checkpoint-{self.state.global_step}'
         self._aside = folder/'.writing'
@@ -582,7 +582,7 @@ def sound_checkpoint(
     "Where a run goes on. Damaged checkpoints are named on stderr and set aside as checkpoint-N.damaged"
     found = {int(p.name.rpartition('-')[2]): p for p in Path(folder).glob('checkpoint-*') if p.name.rpartition('-')[2].isdigit()} # those that lost their state as well
     for _, path in sorted(found.items(), reverse=True):
-        if (what := damage(path)) is None: return path
+        if (what := find_damage(path)) is None: return path
         aside = path.with_name(path.name + '.damaged')
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
