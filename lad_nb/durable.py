@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHECKSUMS', 'LOCK', 'write_text', 'read_json', 'append_line', 'file_hash', 'write_checksums', 'find_damage',
-           'settle_folder', 'remove_folder', 'check_damage', 'reading_weights', 'hold', 'check_links']
+           'settle_folder', 'remove_folder', 'check_damage', 'reading_weights', 'load_weights', 'hold', 'check_links']
 
 # %% ../nbs/05c_durable.ipynb #1b1db980
 import contextlib, hashlib, json, os, shutil, time
 from functools import lru_cache
 from pathlib import Path
 
+import safetensors.torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -161,6 +162,13 @@ def reading_weights(
         size = f', {Path(path).stat().st_size:,} bytes' if Path(path).is_file() else ''
         raise ValueError(f"{path} is no whole safetensors file ({e}{size}). "
                          "It was cut off or overwritten: copy it again, or take another checkpoint.") from None
+
+def load_weights(
+    path: str, # of a safetensors file
+) -> dict:     # {name: tensor}, memory-mapped
+    "The tensors of a file"
+    if not Path(path).is_file(): raise FileNotFoundError(f"There is no file {path}.")
+    with reading_weights(path): return safetensors.torch.load_file(path)
 
 # %% ../nbs/05c_durable.ipynb #db9f2a90
 LOCK = '.lock'
