@@ -9,11 +9,12 @@ __all__ = ['fingerprint', 'cache_bytes', 'TeacherCache', 'teacher_cache']
 import errno, hashlib, json, os, shutil, sys
 from pathlib import Path
 
-import numpy as np, safetensors, safetensors.torch, torch
+import numpy as np, safetensors.torch, torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .data import collator
+from .durable import file_hash, load_weights
 
 # %% ../nbs/05b_cache.ipynb #2c69e574
 _not_content = ('_name_or_path', 'transformers_version', 'architectures', 'id2label', 'label2id', 'problem_type')
@@ -54,7 +55,7 @@ class TeacherCache:
         lengths: np.ndarray, # tokens of every row
     ):
         self.folder, self.starts, self.lengths = Path(folder), np.asarray(starts), lengths
-        self.shards = [safetensors.torch.load_file(f) for f in shards] # memory-mapped: nothing is read before it is asked for
+        self.shards = [load_weights(f) for f in shards] # memory-mapped: nothing is read before it is asked for
         self.num_layers, self.hidden_size = len(self.shards[0]) - 1, self.shards[0]['layer_1'].shape[1]
         ends = np.cumsum(lengths)
         self.offsets = ends - lengths
@@ -129,8 +130,7 @@ def _write(tensors, folder, number):
 def _sound(folder, number):
     "The file of a shard if it is there and undamaged; a damaged one is removed"
     for path in sorted(folder.glob(f'{number:05d}-*.safetensors')):
-        with open(path, 'rb') as f: right = hashlib.file_digest(f, 'sha256').hexdigest()[:32] == path.stem.partition('-')[2]
-        if right: return path
+        if file_hash(path)[:32] == path.stem.partition('-')[2]: return path
         print(f'teacher cache: {path.name} is damaged and will be computed again', file=sys.stderr)
         path.unlink()
 

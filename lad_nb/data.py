@@ -6,7 +6,7 @@
 __all__ = ['tasks', 'NAMES', 'KINDS', 'OPPOSITES', 'DEEDS', 'ACTIONS', 'THINGS', 'PLACES', 'WHEN', 'FEW', 'MANY', 'PHENOMENA',
            'SMALL', 'Task', 'get_task', 'read_tsv', 'kinds', 'synonyms', 'negation', 'quantifiers', 'numbers', 'voice',
            'people', 'places', 'toy_examples', 'find_data', 'features', 'splits', 'load_task', 'write_task',
-           'open_task', 'model_folder', 'check_model', 'load_tokenizer', 'encode', 'collator']
+           'open_task', 'model_folder', 'check_model', 'load_tokenizer', 'check_vocabulary', 'encode', 'collator']
 
 # %% ../nbs/00_data.ipynb #ad270eed
 import contextlib, hashlib, importlib.util, json, os, random, re, warnings
@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from .durable import check_links, read_json
+from .durable import check_damage, check_links, file_hash, read_json
 
 # %% ../nbs/00_data.ipynb #0c820b8b
 @dataclass(frozen=True)
@@ -295,8 +295,7 @@ _in_memory = 2**25 # bytes of a TSV file; the rows of a larger one stay on disk
 
 def _from_arrow(path, task, split, bad_rows, rows, names):
     "The rows of a large file, memory-mapped from a copy that is named by content and lies with the other caches of `datasets`"
-    with open(path, 'rb') as f: content = hashlib.file_digest(f, 'sha256').hexdigest()
-    name = hashlib.sha256(json.dumps(dict(form=1, content=content, task=asdict(task), labelled=split not in task.test, bad_rows=bad_rows), sort_keys=True).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps(dict(form=1, content=file_hash(path), task=asdict(task), labelled=split not in task.test, bad_rows=bad_rows), sort_keys=True).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE)/'lad_nb'/name
     folder.mkdir(parents=True, exist_ok=True)
     arrow, part = folder/'rows.arrow', folder/'rows.part'
@@ -440,21 +439,60 @@ def _from_model_hub(name):
 def check_model(
     folder: str, # with config.json
 ) -> Path:       # the same
-    "`ValueError` for a model folder that asks for code of its own, or that links to files elsewhere"
+    "`ValueError` for a model folder that asks for code of its own, that links to files elsewhere, or that is damaged"
     folder = Path(folder)
     check_links(folder)
+    check_damage(folder)
     for path in (folder/'config.json', folder/'tokenizer_config.json'):
         said = read_json(path) if path.is_file() else {}
         if not isinstance(said, dict): raise ValueError(f"{path} holds no settings: names and values were expected.")
         code = [k for k in ('auto_map', 'custom_pipelines') if said.get(k)] + [k for k, v in said.items() if k.endswith('attn_implementation') and '/' in str(v)]
         if code: raise ValueError(f"{path} asks for code from elsewhere ({', '.join(f'{k}: {said[k]}' for k in code)}). lad_nb runs no code of model folders. If the weights are a plain BERT, take these entries out.")
+        _check_sizes(path, said)
     return folder
+
+_sizes = ('num_hidden_layers', 'hidden_size', 'num_attention_heads', 'intermediate_size', 'vocab_size',
+          'max_position_embeddings', 'type_vocab_size', 'num_labels')
+
+def _check_sizes(path, said):
+    "`ValueError` for settings that are no sizes of a model, or of one far beyond what its file holds"
+    sizes = {k: said[k] for k in _sizes if said.get(k) is not None}
+    for k, n in sizes.items():
+        if type(n) is not int or not 1 <= n < 2**31:
+            raise ValueError(f"{path} says that {k} is {n!r:.60}; a whole number from 1 up was expected.")
+    known, held = sizes.get, sum(f.stat().st_size for f in path.parent.glob('model*.safetensors'))
+    width = known('hidden_size', 1)
+    rows = sum(known(k, 1) for k in ('vocab_size', 'max_position_embeddings', 'type_vocab_size', 'num_labels'))
+    least = width*(rows + known('num_hidden_layers', 1)*(4*width + 2*known('intermediate_size', 1)))
+    if held and least > max(10*held, 10**9): # what differs by less is told tensor by tensor, when the weights are opened
+        raise ValueError(f"{path} describes a model of {least:,} weights or more, the file beside it has {held:,} bytes: "
+                         f"they are not of one model ({', '.join(f'{k} {n}' for k, n in sizes.items())}).")
 
 def load_tokenizer(
     name: str, # as in `model_folder`
 ):
-    "The tokenizer that lies beside a model"
-    return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
+    "The tokenizer that lies beside a model; `ValueError` for one that knows no words, or more than the model"
+    folder = model_folder(name)
+    try: tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError): raise
+    except Exception as e: # tokenizers raises nothing finer
+        raise ValueError(f"The tokenizer in {folder} does not load: {' '.join(str(e).split()):.300}") from e
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"{folder} has no tokenizer, or an empty one: every word would be unknown. Copy tokenizer.json "
+                         "and tokenizer_config.json there, from the encoder that the model was fine-tuned from.")
+    check_vocabulary(tokenizer, read_json(folder/'config.json').get('vocab_size'), folder)
+    return tokenizer
+
+def check_vocabulary(
+    tokenizer,       # of a model
+    vocab_size: int, # rows of its embeddings; None: not known
+    who: str,        # the model, named in the message
+):
+    "`ValueError` for tokens that a model has no embeddings for"
+    last = max(tokenizer.get_vocab().values())
+    if vocab_size is not None and last >= vocab_size:
+        raise ValueError(f"The tokenizer has ids up to {last}, {who} has embeddings for 0 to {vocab_size - 1} (vocab_size). "
+                         "Take the tokenizer that the model was trained with.")
 
 # %% ../nbs/00_data.ipynb #e72b7c6d
 def encode(

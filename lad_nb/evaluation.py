@@ -6,7 +6,8 @@
 __all__ = ['predict', 'score', 'evaluate', 'run_setting', 'score_checkpoints', 'best_checkpoint', 'write_predictions', 'costs']
 
 # %% ../nbs/07_evaluation.ipynb #a9b69358
-import statistics, tempfile, time
+import statistics, tempfile, time, warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -14,7 +15,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import PreTrainedModel, Trainer
 
-from .data import collator, encode, get_task, load_task, load_tokenizer, splits
+from .data import check_vocabulary, collator, encode, get_task, load_task, load_tokenizer, splits
 from .students import load_classifier
 from .durable import read_json, write_text
 from .training import DistilArguments, checkpoints, find_checkpoint, keep_random_state, pick_device
@@ -27,7 +28,8 @@ def predict(
     batch_size: int=256,     # rows at a time
     device_id: int=None,     # as in `training.pick_device`
 ) -> np.ndarray:             # (N, C) logits, in the order of the rows
-    "Logits of every row"
+    "Logits of every row; `FloatingPointError` if one of them is no number"
+    check_vocabulary(tokenizer, model.config.vocab_size, model.name_or_path or 'the model')
     order = np.argsort([-len(ids) for ids in data['input_ids']], kind='stable')
     device = torch.device(pick_device(device_id))
     with tempfile.TemporaryDirectory() as nowhere, keep_random_state(): # Trainer would seed everything
@@ -35,22 +37,42 @@ def predict(
         found = Trainer(model, args, data_collator=collator(tokenizer), processing_class=tokenizer).predict(data.select(order)).predictions
     logits = np.empty_like(found)
     logits[order] = found
+    _check_logits(model, logits)
     return logits
 
+def _check_logits(model, logits):
+    "An argmax over NaN is an answer that looks like any other"
+    bad = np.flatnonzero(~np.isfinite(logits).all(-1))
+    if not len(bad): return
+    weights = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    why = f"Weights that are not finite: {', '.join(weights[:4])}" if weights else 'Its weights are finite: they are too large'
+    raise FloatingPointError(f"The answers of {model.name_or_path or 'the model'} are not finite on {len(bad)} of {len(logits)} rows "
+                             f"(the first is row {bad[0]}, from 0), so nothing was scored or written. {why}. "
+                             "Take another checkpoint or copy, or train again with a lower lr.")
+
 # %% ../nbs/07_evaluation.ipynb #fdabb0bb
+def _correlation(of, name, y, p):
+    "NaN, and a warning that says why, where one side has a single value"
+    for values, whose in ((p, 'the model says the same'), (y, 'the label is the same')):
+        if not np.ptp(values):
+            warnings.warn(f"{name} is undefined: {whose} of all {len(y)} rows ({values[0]:.4g}).")
+            return float('nan')
+    return of(y, p).statistic
+
 _metrics = dict(accuracy=accuracy_score, f1=f1_score, matthews_correlation=matthews_corrcoef,
-                pearson=lambda y, p: pearsonr(y, p).statistic, spearman=lambda y, p: spearmanr(y, p).statistic)
+                pearson=partial(_correlation, pearsonr, 'pearson'), spearman=partial(_correlation, spearmanr, 'spearman'))
 
 def score(
     task: str,          # whose metrics
     logits: np.ndarray, # (N, C), or (N, 1) for regression
     labels: np.ndarray, # (N,) ids, or floats
 ) -> dict:              # metric: value, in the task's order
-    "The task's metrics"
+    "The task's metrics; NaN for a correlation that is undefined"
     task = get_task(task)
     predicted = logits[:, 0] if task.regression else logits.argmax(-1)
     return {m: float(_metrics[m](labels, predicted)) for m in task.metrics}
 
+# %% ../nbs/07_evaluation.ipynb #d7cf6867
 def evaluate(
     model,                # a classifier, or the folder of one
     task: str,            # whose data and metrics
@@ -98,15 +120,20 @@ def score_checkpoints(
         rows.append(dict(step=step) | scores)
         each(step, scores)
     table = pd.DataFrame(rows)
-    write_text(folder/f'eval-{split}.csv', table.to_csv(index=False))
+    write_text(folder/f'eval-{split}.csv', table.to_csv(index=False, na_rep='NaN'))
     return table
 
+# %% ../nbs/07_evaluation.ipynb #302af2cc
 def best_checkpoint(
     table: pd.DataFrame, # from `score_checkpoints`
 ) -> pd.Series:          # its row
-    "The best by the task's first metric (the mean over two dev sets); the earlier of two equals"
+    "The best by the task's first metric (the mean over two dev sets); the earlier of two equals. `ValueError` if all are NaN"
     first = table.columns[1].removesuffix('_matched')
-    return table.loc[table[[c for c in table.columns if c.startswith(first)]].mean(axis=1).idxmax()]
+    scores = table[[c for c in table.columns if c.startswith(first)]].mean(axis=1, skipna=False)
+    if scores.isna().all():
+        raise ValueError(f"No checkpoint is the best: {first} is undefined for each of them ({', '.join(map(str, table['step']))}). "
+                         "A correlation is, when the model says the same of all rows: train longer, or with another lr.")
+    return table.loc[scores.idxmax()]
 
 # %% ../nbs/07_evaluation.ipynb #44f844cb
 _submission = {'mnli': {'test_matched': 'MNLI-m.tsv', 'test_mismatched': 'MNLI-mm.tsv'}}

@@ -6,7 +6,6 @@
 __all__ = ['load_script_model', 'load_script_gates']
 
 # %% ../nbs/13_interchange.ipynb #492f5898
-import json, pickle
 from pathlib import Path
 
 import torch
@@ -14,6 +13,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from .data import get_task
 from .distiller import Objective
+from .durable import read_json
+from .students import fit_weights, sizes_of
 
 # %% ../nbs/13_interchange.ipynb #f34023f1
 _script_labels = {'rte': ('not_entailment', 'entailment'), 'qnli': ('not_entailment', 'entailment')} # where their order is not ours
@@ -24,44 +25,61 @@ def _read(path):
         steps = sorted({int(p.stem.split('-')[-1]) for p in path.parent.glob('model-*.pt') if p.stem.split('-')[-1].isdigit()})
         raise FileNotFoundError(f"There is no file {path}." + (f" Steps there are: {', '.join(map(str, steps))}." if steps else ' A folder with model-STEP.pt files was expected.'))
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as e: raise ValueError(f"{path} does not load as plain tensors, and is not loaded as anything else: {str(e).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError(f"{path} holds no state dict of tensors.")
+    except OSError: raise
+    except Exception as e: # pickle, zip, struct, tar: a foreign file fails in any of them
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) does not load as plain tensors, "
+                         f"and is not loaded as anything else: {why}") from None
+    tensors = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    if not tensors or not state: raise ValueError(f"{path} holds no state dict of tensors.")
     return state
 
-def _fit(module, state, path):
-    "Load, naming every key that does not fit"
-    ours = module.state_dict()
-    problems = [f'{k} is missing' for k in ours if k not in state] + [f'{k} is not ours' for k in state if k not in ours]
-    problems += [f'{k} is {tuple(state[k].shape)}, {tuple(ours[k].shape)} was expected' for k in ours if k in state and state[k].shape != ours[k].shape]
-    if problems: raise ValueError(f"{path} does not fit: {'; '.join(problems)}.")
-    module.load_state_dict(state)
+# %% ../nbs/13_interchange.ipynb #af69ff32
+def _said(folder):
+    "The scripts' config.json: a task, and what else they wrote"
+    path = Path(folder)/'config.json'
+    if not path.is_file(): raise FileNotFoundError(f"{folder} is no experiment folder of the scripts: it has no config.json.")
+    said = read_json(path)
+    if not isinstance(said, dict) or not isinstance(said.get('task'), str):
+        raise ValueError(f"{path} names no task: it is not the scripts', who write task, dropout, num_attention_heads, ...")
+    return said
 
+def _config(said, task, shapes, path):
+    "The settings that weights, and what the scripts say of them, amount to"
+    sizes = sizes_of(shapes, path)
+    needed = ('hidden_size', 'max_position_embeddings', 'type_vocab_size', 'intermediate_size')
+    if missing := {k for k in needed if not sizes.get(k)}:
+        raise ValueError(f"The weights in {path} are no whole BERT's: nothing in them tells {', '.join(sorted(missing))}.")
+    heads, dropout = said.get('num_attention_heads') or max(1, sizes['hidden_size']//64), said.get('dropout', .1)
+    if type(heads) is not int or heads < 1 or sizes['hidden_size'] % heads:
+        raise ValueError(f"num_attention_heads is {heads!r:.60} in config.json; a divisor of {sizes['hidden_size']} was expected.")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r:.60} in config.json; a number from 0 up to, but not, 1 was expected.")
+    return BertConfig(num_attention_heads=heads, hidden_dropout_prob=float(dropout), attention_probs_dropout_prob=float(dropout),
+                      num_labels=task.num_labels, id2label=task.id2label, label2id={v: k for k, v in task.id2label.items()},
+                      problem_type='regression' if task.regression else 'single_label_classification', **sizes)
+
+# %% ../nbs/13_interchange.ipynb #2e4f39c2
 def load_script_model(
     folder: str, # an experiment folder of the scripts
     step: int,   # of model-STEP.pt
 ) -> BertForSequenceClassification: # with this package's order of labels
     "A teacher or student of the paper's scripts"
-    folder = Path(folder)
-    if not (folder/'config.json').is_file(): raise FileNotFoundError(f"{folder} is no experiment folder of the scripts: it has no config.json.")
-    said, path = json.loads((folder/'config.json').read_text()), folder/f'model-{step}.pt'
+    said, path = _said(folder), Path(folder)/f'model-{step}.pt'
     task, theirs = get_task(said['task']), _read(path)
     names = {'encoder.': 'bert.', 'linear_layer.': 'classifier.'}
     state = {next((new + k.removeprefix(old) for old, new in names.items() if k.startswith(old)), k): v for k, v in theirs.items() if not k.endswith('position_ids')}
-    for key in ('bert.embeddings.word_embeddings.weight', 'bert.encoder.layer.0.intermediate.dense.weight', 'classifier.weight'):
+    for key in ('classifier.weight', 'classifier.bias'):
         if key not in state: raise ValueError(f"{path} does not fit: {key} is missing. A state dict of the scripts' BERT was expected.")
-    vocab, width = state['bert.embeddings.word_embeddings.weight'].shape
-    config = BertConfig(vocab_size=vocab, hidden_size=width, num_hidden_layers=1 + max(int(k.split('.')[3]) for k in state if k.startswith('bert.encoder.layer.')),
-                        num_attention_heads=said.get('num_attention_heads') or width//64, intermediate_size=state['bert.encoder.layer.0.intermediate.dense.weight'].shape[0],
-                        max_position_embeddings=state['bert.embeddings.position_embeddings.weight'].shape[0], type_vocab_size=state['bert.embeddings.token_type_embeddings.weight'].shape[0],
-                        hidden_dropout_prob=said.get('dropout', .1), attention_probs_dropout_prob=said.get('dropout', .1), num_labels=task.num_labels, id2label=task.id2label,
-                        label2id={v: k for k, v in task.id2label.items()}, problem_type='regression' if task.regression else 'single_label_classification')
-    if task.name in _script_labels and len(state['classifier.weight']) == task.num_labels:
+    config = _config(said, task, {k: tuple(v.shape) for k, v in state.items()}, path)
+    if task.name in _script_labels and all(state[k].shape[:1] == (task.num_labels,) for k in ('classifier.weight', 'classifier.bias')):
         order = [_script_labels[task.name].index(label) for label in task.labels]
         state |= {k: state[k][order] for k in ('classifier.weight', 'classifier.bias')}
     model = BertForSequenceClassification(config)
-    _fit(model, state, path)
+    fit_weights(model, state, path)
     return model.eval()
 
+# %% ../nbs/13_interchange.ipynb #3e83ea01
 def load_script_gates(
     objective: Objective, # whose gates to fill, in place: one chain over all layers, norm='sequence'
     folder: str,          # an experiment folder of the scripts
@@ -71,4 +89,4 @@ def load_script_gates(
     if objective.gates is None: raise ValueError(f"{objective.mapping.name} has no gates to fill.")
     for place, gate in objective.gates.gate.items():
         path = Path(folder)/f'gate-{int(place) - 1}-{step}.pt'
-        _fit(gate, {k.replace('layernorm.', 'norm.'): v for k, v in _read(path).items()}, path)
+        fit_weights(gate, {k.replace('layernorm.', 'norm.'): v for k, v in _read(path).items()}, path)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FAITHFUL', 'OURS', 'FAST', 'rte', 'Recipe', 'recipe_from_dict', 'faithful', 'recipe_table', 'mapping_of',
-           'teacher_folder', 'pretrained_of', 'student_start', 'settle', 'build', 'make_trainer', 'run', 'file_hash',
-           'describe', 'plan', 'rerun', 'run_description', 'open_run']
+           'teacher_folder', 'pretrained_of', 'student_start', 'settle', 'build', 'make_trainer', 'run', 'describe',
+           'plan', 'rerun', 'run_description', 'open_run']
 
 # %% ../nbs/08_recipes.ipynb #0ff5698e
-import hashlib, inspect, warnings
+import inspect, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers import set_seed
 from .cache import teacher_cache
 from .data import SMALL, encode, find_data, get_task, load_task, load_tokenizer, model_folder, splits
 from .distiller import Distiller, check_weights
-from .durable import check_links, read_json
+from .durable import check_links, file_hash, read_json
 from .mappings import Mapping, make_mapping, mapping_from_dict, mapping_to_dict, methods
 from .students import init_layers, load_classifier, load_encoder, make_classifier, make_student
 from .training import DistilTrainer, check_new, check_settings, experiment_folder, find_checkpoint, load_gates, pick_device, train, training_arguments
@@ -306,12 +306,6 @@ def _teacher_of(folder, said):
     teacher = Path(said['teacher']['folder'] if isinstance(said['teacher'], dict) and isinstance(said['teacher'].get('folder'), str) else '')
     if not teacher.is_absolute() or not teacher.is_dir(): raise FileNotFoundError(f"{folder} learned from the teacher {str(teacher)!r}, and there is no such folder here. Put the teacher there, or name its new place in recipe.json.")
     return teacher
-
-def file_hash(
-    path: str, # a file
-) -> str:      # sha256, in hex
-    "What tells one file from another"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def describe(
     recipe: Recipe,          # asked for

@@ -21,10 +21,10 @@ from filelock import FileLock
 
 from .analysis import contributions_by_step, contributions_by_token, gate_contributions, gate_openness, layer_cka, layer_map, linear_probes, loss_parts, paired_differences, teacher_agreement
 from .data import SMALL, encode, get_task, load_task, load_tokenizer
-from .durable import append_line, remove_folder
+from .durable import append_line, file_hash, remove_folder
 from .evaluation import evaluate, predict, score
 from .mappings import mapping_from_dict
-from .recipes import FAST, Recipe, file_hash, recipe_from_dict, run, run_description, settle
+from .recipes import FAST, Recipe, recipe_from_dict, run, run_description, settle
 from .students import load_classifier, random_bert
 from .training import check_same, checkpoints, experiment_folder, read_log, versions
 

@@ -27,10 +27,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .cache import TeacherCache
-from .data import collator
-from .durable import LOCK, append_line, check_links, damage, hold, read_json, remove_folder, settle_folder, write_text
+from .data import check_model, collator
+from .durable import LOCK, CHECKSUMS, append_line, check_links, find_damage, hold, load_weights, read_json, remove_folder, settle_folder, write_checksums, write_text
 from .distiller import Distiller, DistilOutput, Objective
-from .students import quiet
+from .students import fit_weights, quiet
 
 # %% ../nbs/06_training.ipynb #9d11e0dc
 @dataclass
@@ -351,7 +351,7 @@ class DistilTrainer(Trainer):
     def _get_output_dir(self, trial): return str(self._aside or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model, trial):
-        "A checkpoint that is whole or not there: written aside, sealed, renamed"
+        "A checkpoint that is whole or not there: written aside, checksums in it, renamed"
         check_finite(self)
         folder, name = Path(self.args.output_dir), f'checkpoint-{self.state.global_step}'
         self._aside = folder/'.writing'
@@ -374,7 +374,7 @@ class DistilTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         "Student, gates and half-summed losses of a checkpoint"
         folder, distiller = Path(resume_from_checkpoint), model or self.model
-        distiller.student.load_state_dict(safetensors.torch.load_file(folder/'model.safetensors'))
+        fit_weights(distiller.student, load_weights(folder/'model.safetensors'), folder/'model.safetensors')
         load_gates(distiller.objective, folder)
         self.loss_parts.restore(read_json(folder/'trainer_state.json'))
 
@@ -411,8 +411,8 @@ def load_gates(
     folder: str,          # a run folder or a checkpoint
 ):
     "Gates and projections back from safetensors"
-    path = Path(folder)/'gates.safetensors'
-    if objective.state_dict(): objective.load_state_dict(safetensors.torch.load_file(path))
+    path = check_model(folder)/'gates.safetensors'
+    if objective.state_dict(): fit_weights(objective, load_weights(path), path)
 
 # %% ../nbs/06_training.ipynb #8bf61924
 class LossParts(TrainerCallback, ExportableState):
@@ -630,16 +630,16 @@ def find_checkpoint(
     folder: str,    # a run folder
     step: int=None, # its update step; the last by default
 ) -> Path:
-    "The folder of one checkpoint; `FileNotFoundError` lists those that exist"
+    "The folder of one checkpoint, which is what was written; `FileNotFoundError` lists those that exist"
     if not Path(folder).is_dir():
         others = sorted(p.parent.name for p in Path(folder).parent.glob('*/recipe.json'))
         raise FileNotFoundError(f"There is no experiment {Path(folder).name} in {Path(folder).parent}/." + (f" There are: {', '.join(others)}." if others else ' Train it first.'))
     check_links(folder)
     found = checkpoints(folder)
     if not found: raise FileNotFoundError(f"{folder} has no checkpoints: it is no run folder, or its training never reached one.")
-    if step is None: return found[max(found)]
+    if step is None: step = max(found)
     if step not in found: raise FileNotFoundError(f"{folder} has no checkpoint {step}. There are: {', '.join(map(str, found))}.")
-    return found[step]
+    return check_model(found[step])
 
 def sound_checkpoint(
     folder: str, # a run folder
@@ -647,7 +647,7 @@ def sound_checkpoint(
     "Where a run goes on. Damaged checkpoints are named on stderr and set aside as checkpoint-N.damaged"
     found = {int(p.name.rpartition('-')[2]): p for p in Path(folder).glob('checkpoint-*') if p.name.rpartition('-')[2].isdigit()} # those that lost their state as well
     for _, path in sorted(found.items(), reverse=True):
-        if (what := damage(path)) is None: return path
+        if (what := find_damage(path)) is None: return path
         aside = path.with_name(path.name + '.damaged')
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
@@ -707,13 +707,20 @@ def _train(trainer, folder, description, resume):
     return folder
 
 def _save_final(trainer, folder):
-    "The final student in the run folder: each file whole or not there, the weights last"
+    "The final student in the run folder: each file whole or not there, the weights last, then their checksums"
     check_finite(trainer)
     aside = folder/'.final'
-    try: trainer.save_model(str(aside))
+    if trainer.args.should_save: shutil.rmtree(aside, ignore_errors=True) # of a process that died
+    try:
+        trainer.save_model(str(aside))
+        if trainer.args.should_save: write_checksums(aside)
     except Exception as e: # as in `DistilTrainer._save_checkpoint`
         shutil.rmtree(aside, ignore_errors=True)
         raise _unwritten(e, folder, f'{folder}: the final student', 4*sum(p.numel() for p in trainer.model.parameters()), "Checkpoints are whole; the same run with resume=True, --resume ends it") from e
     if not trainer.is_world_process_zero(): return
-    for path in sorted(aside.iterdir(), key=lambda p: p.name == 'model.safetensors'): os.replace(path, folder/path.name)
+    (folder/CHECKSUMS).unlink(missing_ok=True) # killed from here on, the folder is as good as one without checksums
+    for path in sorted(aside.iterdir(), key=lambda p: _last.index(p.name) if p.name in _last else -1):
+        os.replace(path, folder/path.name)
     aside.rmdir()
+
+_last = ('model.safetensors', CHECKSUMS)

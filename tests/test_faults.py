@@ -13,7 +13,7 @@ import pytest
 from transformers import TrainerCallback
 from test_training import in_a_process, same_bytes
 
-from lad_nb.durable import SEAL, damage
+from lad_nb.durable import CHECKSUMS, find_damage
 from lad_nb.recipes import Recipe, make_trainer, run
 from lad_nb.study import append_result, read_results
 from lad_nb.training import DistilTrainer, checkpoints, experiment_folder, read_log, sound_checkpoint, train
@@ -48,13 +48,13 @@ HARM = dict(truncated=lambda p: p.write_bytes(p.read_bytes()[:-7]), emptied=lamb
 
 
 @pytest.mark.parametrize('harm', HARM)
-@pytest.mark.parametrize('file', ['model.safetensors', 'optimizer.pt', 'trainer_state.json', SEAL])
+@pytest.mark.parametrize('file', ['model.safetensors', 'optimizer.pt', 'trainer_state.json', CHECKSUMS])
 def test_a_damaged_checkpoint_is_named_and_set_aside(cut, file, harm, capsys):
     _, folder = cut
     HARM[harm](folder/'checkpoint-4'/file)
     assert sound_checkpoint(folder) == folder/'checkpoint-2'
     said = capsys.readouterr().err
-    assert 'checkpoint-4 is damaged' in said and (file in said or file == SEAL) and (folder/'checkpoint-4.damaged').is_dir()
+    assert 'checkpoint-4 is damaged' in said and (file in said or file == CHECKSUMS) and (folder/'checkpoint-4.damaged').is_dir()
     assert list(checkpoints(folder)) == [2]
 
 
@@ -62,7 +62,7 @@ def test_resumed_past_a_damaged_checkpoint(experiments, cut, whole):
     recipe, folder = cut
     flip(folder/'checkpoint-4'/'model.safetensors')
     run(recipe, experiments, resume=True, progress=False)
-    assert same_bytes(folder, whole) and list(checkpoints(folder)) == [2, 4, 5] and damage(folder/'checkpoint-4') is None
+    assert same_bytes(folder, whole) and list(checkpoints(folder)) == [2, 4, 5] and find_damage(folder/'checkpoint-4') is None
 
 
 def test_a_log_with_a_torn_last_line(experiments, cut, whole):
@@ -98,7 +98,7 @@ def test_a_full_disk(experiments, lad, whole):
     with patch('lad_nb.training.DistilTrainer._save_rng_state', full), pytest.raises(OSError, match=r'checkpoint-4 could not be written: .*No space left.* bytes were needed, [\d,]+ are free') as e:
         run(recipe, experiments, progress=False)
     folder = experiments/'full_bert_toy'
-    assert e.value.errno == errno.ENOSPC and list(checkpoints(folder)) == [2] and damage(folder/'checkpoint-2') is None and not (folder/'.writing').exists()
+    assert e.value.errno == errno.ENOSPC and list(checkpoints(folder)) == [2] and find_damage(folder/'checkpoint-2') is None and not (folder/'.writing').exists()
     run(recipe, experiments, resume=True, progress=False)
     assert same_bytes(folder, whole)
 
@@ -165,7 +165,7 @@ def test_two_that_start_at_the_same_moment(quick, tmp_path):
     for t in both: t.join()
     folder = tmp_path/'quick_bert_toy'
     assert folder in said and any('another process trains' in str(s) or 'Resume it' in str(s) for s in said)
-    assert [line['step'] for line in read_log(folder)] == [2, 4, 6] and all(damage(c) is None for c in checkpoints(folder).values())
+    assert [line['step'] for line in read_log(folder)] == [2, 4, 6] and all(find_damage(c) is None for c in checkpoints(folder).values())
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_a_disk_that_is_really_full(quick, tmp_path, disk):
         except OSError as e:
             said, folder = str(e), root/'whole_bert_toy'
             assert e.errno == errno.ENOSPC and str(root) in said and ('bytes' in said), said
-            assert all(damage(c) is None for c in checkpoints(folder).values()), said
+            assert all(find_damage(c) is None for c in checkpoints(folder).values()), said
             stops += 1
             places.add(said.partition(' could not')[0].rpartition('/')[2])
         (root/'ballast').unlink()
@@ -246,7 +246,7 @@ def test_a_read_only_folder(quick, tmp_path, disk):
     with pytest.raises(OSError, match=r'whole_bert_toy/(checkpoint-4|log.jsonl|tensorboard) could not .*Read-only file system.*'):
         run(quick.replace(experiment='whole'), root, progress=False, callbacks=[Close()])
     folder = root/'whole_bert_toy'
-    assert list(checkpoints(folder)) == [2] and damage(folder/'checkpoint-2') is None
+    assert list(checkpoints(folder)) == [2] and find_damage(folder/'checkpoint-2') is None
     with pytest.raises(OSError, match='Read-only file system.*whole_bert_toy'): run(quick.replace(experiment='whole'), root, resume=True, progress=False)
     with pytest.raises(OSError, match='Read-only file system.*other_bert_toy'): run(quick.replace(experiment='other'), root, progress=False)
     subprocess.run(['umount', root], check=True)

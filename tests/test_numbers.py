@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from lad_nb.cache import teacher_cache
-from lad_nb.durable import damage
+from lad_nb.durable import find_damage
 from lad_nb.recipes import make_trainer, run
 from lad_nb.students import load_classifier
 from lad_nb.training import checkpoints, read_log, train
@@ -30,7 +30,7 @@ def spoiled(recipe, root, how, step=4):
     spoil.trainer = make_trainer(recipe, root, False, [spoil])
     with pytest.raises(FloatingPointError) as e: train(spoil.trainer, spoil.trainer.description)
     folder = root/f'{recipe.experiment}_bert_toy'
-    assert list(checkpoints(folder)) == [2] and damage(folder/'checkpoint-2') is None and not (folder/'model.safetensors').exists()
+    assert list(checkpoints(folder)) == [2] and find_damage(folder/'checkpoint-2') is None and not (folder/'model.safetensors').exists()
     log = read_log(folder)
     assert [line['step'] for line in log] == [2] and all(np.isfinite(x) for x in log[0].values())
     said = str(e.value)

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from lad_nb.cli import main
 from lad_nb.data import load_tokenizer, model_folder
-from lad_nb.durable import seal
+from lad_nb.durable import write_checksums
 from lad_nb.evaluation import evaluate
 from lad_nb.interchange import load_script_model
 from lad_nb.recipes import open_run, rerun, run
@@ -66,7 +66,7 @@ def test_a_poisoned_run_folder(quick, done, tmp_path, as_zip):
     marker = tmp_path/'marker'
     for place in (done, *checkpoints(done).values()):
         for name in PICKLES: poison(place/name, marker, as_zip)
-        if place != done: seal(place)
+        if place != done: write_checksums(place)
     open_run(done), open_run(done, 4), load_classifier(done, 'toy'), load_encoder(done), load_tokenizer(done), evaluate(done, 'toy', max_seq_len=32, device_id=-1)
     cut(done)
     with pytest.raises(ValueError, match='checkpoint-4 holds something else than tensors and numbers: .*nothing in it was run'): run(quick, done.parent, resume=True, progress=False)
@@ -77,7 +77,7 @@ def test_a_poisoned_run_folder(quick, done, tmp_path, as_zip):
 
 @pytest.mark.parametrize('name', ['optimizer.pt', 'scheduler.pt', 'rng_state.pth'])
 def test_each_file_that_a_resumed_run_reads(quick, done, tmp_path, name):
-    poison(done/'checkpoint-4'/name, tmp_path/'marker'); seal(done/'checkpoint-4'); cut(done)
+    poison(done/'checkpoint-4'/name, tmp_path/'marker'); write_checksums(done/'checkpoint-4'); cut(done)
     with pytest.raises(ValueError, match='checkpoint-4 holds something else'): run(quick, done.parent, resume=True, progress=False)
     assert not (tmp_path/'marker').exists()
 
