@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from .durable import check_links, read_json
+from .durable import check_links, read_json, write_aside, write_text
 
 # %% ../nbs/00_data.ipynb #0c820b8b
 @dataclass(frozen=True)
@@ -299,17 +299,13 @@ def _from_arrow(path, task, split, bad_rows, rows, names):
     name = hashlib.sha256(json.dumps(dict(form=1, content=content, task=asdict(task), labelled=split not in task.test, bad_rows=bad_rows), sort_keys=True).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE)/'lad_nb'/name
     folder.mkdir(parents=True, exist_ok=True)
-    arrow, part = folder/'rows.arrow', folder/'rows.part'
+    arrow = folder/'rows.arrow'
     with FileLock(folder/'lock'):
         if bad_rows == 'skip' or not arrow.is_file(): # a copy would not tell again what was left out
             try:
-                with open(part, 'wb') as f:
-                    with pa.ipc.new_stream(f, names.arrow_schema) as out:
-                        while some := list(islice(rows, 10_000)): out.write_table(pa.Table.from_pylist(some, schema=names.arrow_schema))
-                    f.flush(); os.fsync(f.fileno()) # a torn copy would be read as fewer rows
-                os.replace(part, arrow)
+                with write_aside(arrow) as f, pa.ipc.new_stream(f, names.arrow_schema) as out: # a torn copy would be read as fewer rows
+                    while some := list(islice(rows, 10_000)): out.write_table(pa.Table.from_pylist(some, schema=names.arrow_schema))
             except OSError as e: raise OSError(e.errno, f"The rows of {path} could not be written to {arrow}: {e.strerror or e}. Make room there, or set HF_DATASETS_CACHE to a folder that has it") from e
-            finally: part.unlink(missing_ok=True)
     return Dataset.from_file(str(arrow))
 
 def _from_hub(task, split):
