@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SEAL', 'LOCK', 'write_aside', 'write_text', 'read_json', 'append_line', 'clear_place', 'new_folder', 'seal', 'damage',
-           'commit_folder', 'remove_folder', 'FolderInUse', 'lock_folder', 'check_links']
+           'commit_folder', 'remove_folder', 'FolderInUse', 'lock_folder', 'end_with_parent', 'check_links']
 
 # %% ../nbs/05c_durable.ipynb #1b1db980
-import contextlib, errno, hashlib, json, os, shutil, threading
+import contextlib, ctypes, errno, hashlib, json, multiprocessing, os, shutil, signal, sys, threading
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -179,6 +179,14 @@ def lock_folder(
     mine.add(place)
     try: yield
     finally: mine.remove(place); lock.release()
+
+# %% ../nbs/05c_durable.ipynb #b917249a
+def end_with_parent():
+    "Have this process end, as if it were killed, when the process that started it is gone, however that ended"
+    if (parent := multiprocessing.parent_process()) is None: return
+    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG: not even a busy process misses it
+    def watch(): parent.join(); os._exit(1) # a pipe that closes: everywhere, and for a parent that was gone already
+    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/05c_durable.ipynb #bf7a71e6
 def check_links(
