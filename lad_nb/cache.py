@@ -6,7 +6,7 @@
 __all__ = ['fingerprint', 'cache_bytes', 'TeacherCache', 'teacher_cache']
 
 # %% ../nbs/05b_cache.ipynb #98def674
-import errno, hashlib, json, os, shutil, sys
+import errno, hashlib, json, shutil, sys
 from pathlib import Path
 
 import numpy as np, safetensors.torch, torch
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .data import collator
-from .durable import file_hash, load_weights
+from .durable import file_hash, load_weights, write_aside, write_text
 
 # %% ../nbs/05b_cache.ipynb #2c69e574
 _not_content = ('_name_or_path', 'transformers_version', 'architectures', 'id2label', 'label2id', 'problem_type')
@@ -118,12 +118,9 @@ def _write(tensors, folder, number):
     "A shard, whole or not at all, named by its hash"
     raw = safetensors.torch.save(tensors)
     path = folder/f'{number:05d}-{hashlib.sha256(raw).hexdigest()[:32]}.safetensors'
-    part = path.with_suffix('.part')
     try:
-        with open(part, 'wb') as f: f.write(raw); f.flush(); os.fsync(f.fileno())
-        os.replace(part, path)
+        with write_aside(path) as f: f.write(raw)
     except OSError as e:
-        part.unlink(missing_ok=True)
         raise OSError(e.errno, f"The teacher cache could not write {len(raw):,} bytes to {path}: {e.strerror}. What was written before is kept; the same command goes on from there.") from e
     return path
 
@@ -162,7 +159,7 @@ def teacher_cache(
         _room(folder, needed)
         if missing:
             say = dict(teacher=teacher.config.num_hidden_layers, rows=len(data), tokens=int(lengths.sum()), bytes=cache_bytes(teacher, data), dtype=str(teacher.dtype))
-            (folder/'cache.json').write_text(json.dumps(say, indent=1) + '\n')
+            write_text(folder/'cache.json', json.dumps(say, indent=1) + '\n')
             bar = tqdm(total=sum(int(starts[i + 1] - starts[i]) for i in missing), disable=not progress, unit='row', desc=f'teacher cache, {needed/1e9:.2f} GB')
             for i in missing:
                 rows = range(starts[i], starts[i + 1])

@@ -28,7 +28,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .cache import TeacherCache
 from .data import check_model, collator
-from .durable import LOCK, CHECKSUMS, append_line, check_links, find_damage, hold, load_weights, read_json, remove_folder, settle_folder, write_checksums, write_text
+from .durable import (LOCK, CHECKSUMS, append_line, check_links, clear_place, commit_folder, find_damage, load_weights,
+                            lock_folder, new_folder, read_json, remove_folder, write_checksums, write_text)
 from .distiller import Distiller, DistilOutput, Objective
 from .students import fit_weights, quiet
 
@@ -355,12 +356,12 @@ class DistilTrainer(Trainer):
         check_finite(self)
         folder, name = Path(self.args.output_dir), f'checkpoint-{self.state.global_step}'
         self._aside = folder/'.writing'
-        if self.args.should_save: shutil.rmtree(self._aside, ignore_errors=True) # of a run that died while it wrote
-        self.accelerator.wait_for_everyone()
         try:
+            if self.args.should_save: new_folder(self._aside)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.args.should_save: settle_folder(self._aside/name, folder/name)
+            if self.args.should_save: commit_folder(self._aside/name, folder/name)
         except Exception as e: # of a full disk, safetensors and torch each raise their own kind
             shutil.rmtree(self._aside, ignore_errors=True)
             raise _unwritten(e, folder, folder/name, 12*sum(p.numel() for p in self.model.parameters()), # weights and two moments
@@ -649,7 +650,7 @@ def sound_checkpoint(
     for _, path in sorted(found.items(), reverse=True):
         if (what := find_damage(path)) is None: return path
         aside = path.with_name(path.name + '.damaged')
-        shutil.rmtree(aside, ignore_errors=True)
+        clear_place(aside)
         os.replace(path, aside)
         print(f'{path} is damaged: {what}. It is set aside as {aside.name}; going on from the checkpoint before.', file=sys.stderr)
 
@@ -690,11 +691,12 @@ def train(
     folder = Path(trainer.args.output_dir)
     first = trainer.is_world_process_zero()
     if first: check_new(folder, resume)
-    with hold(folder) if first else contextlib.nullcontext(): return _train(trainer, folder, description, resume)
+    with lock_folder(folder) if first else contextlib.nullcontext(): return _train(trainer, folder, description, resume)
 
 def _train(trainer, folder, description, resume):
     if trainer.is_world_process_zero(): # another process may come later than what this one writes
         check_new(folder, resume)
+        for part in folder.glob('.*.part'): part.unlink() # of a process that died while it wrote one
         if resume: check_same(folder, description or {})
         if resume: sound_checkpoint(folder) # sets damaged ones aside
     trainer.accelerator.wait_for_everyone()
@@ -710,8 +712,8 @@ def _save_final(trainer, folder):
     "The final student in the run folder: each file whole or not there, the weights last, then their checksums"
     check_finite(trainer)
     aside = folder/'.final'
-    if trainer.args.should_save: shutil.rmtree(aside, ignore_errors=True) # of a process that died
     try:
+        if trainer.is_world_process_zero(): new_folder(aside)
         trainer.save_model(str(aside))
         if trainer.args.should_save: write_checksums(aside)
     except Exception as e: # as in `DistilTrainer._save_checkpoint`

@@ -59,7 +59,7 @@ def child(folder, name, model, updates, pipe, kind, where, number):
         if end(args[0], event): os.kill(os.getpid(), signal.SIGKILL)
     if kind != 'time':
         sys.addaudithook(look)
-        for module in (lad_nb.durable, lad_nb.cache): module.open = lambda path, mode='r', **k: Torn(open(path, mode, **k), end) if set(mode) & set('wa') else open(path, mode, **k)
+        for module in (lad_nb.durable, lad_nb.cache): module.open = lambda path, mode='r', **k: Torn(open(path, mode, **k), end) if set(mode) & set('wax') else open(path, mode, **k)
     random.seed(number)
     try: run_study(study(name, model, updates), folder/name, folder/'.results')
     except BaseException:

@@ -260,11 +260,10 @@ def test_no_permission(quick, tmp_path):
     before = {p: p.read_bytes() for p in whole.rglob('*') if p.is_file()}
     code = f"""
 import os
-from lad_nb.durable import append_line, write_text
-from lad_nb.training import hold
+from lad_nb.durable import append_line, lock_folder, write_text
 os.setgid(65534); os.setuid(65534)
 run = 'experiments/whole_bert_toy'
-for deed in (lambda: append_line(run + '/log.jsonl', dict(step=1)), lambda: write_text(run + '/recipe.json', 'mine'), lambda: hold(run).__enter__(), lambda: hold(run + '/new').__enter__()):
+for deed in (lambda: append_line(run + '/log.jsonl', dict(step=1)), lambda: write_text(run + '/recipe.json', 'mine'), lambda: lock_folder(run).__enter__(), lambda: lock_folder(run + '/new').__enter__()):
     try: deed()
     except PermissionError as e: print(e)
 """
