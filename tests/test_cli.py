@@ -100,7 +100,7 @@ def test_other_labels_and_other_vocabularies(experiments, tmp_path, capsys):
         return f'{LAD} --ptrain_ver {SMALL} --teacher {tmp_path/name}'
     for line, says in [(teacher('three', ['a', 'b', 'c']), 'has 3 labels (a, b, c), the task toy has 2'), (teacher('other', ['no', 'yes']), "answers ['no', 'yes']"),
                        (teacher('swapped', ['not_entailment', 'entailment']), "the task toy means ['entailment', 'not_entailment']"),
-                       (teacher('words', ['entailment', 'not_entailment'], 1000), "teacher's 1000")]:
+                       (teacher('words', ['entailment', 'not_entailment'], 40000), "teacher's 40000")]:
         code, out, err = lad_nb(line, experiments, capsys)
         assert code == 2 and says in err, err
     tokenizer = load_tokenizer(SMALL)

@@ -1,4 +1,5 @@
 """What is loaded is whole, of one model and what was written; anything else is refused by name, wherever it comes in."""
+import hashlib
 import json
 import os
 import shutil
@@ -134,7 +135,6 @@ def test_a_checkpoint_without_a_layer(done, capsys):
 
 def test_resumed_from_a_checkpoint_that_does_not_fit(quick, done):
     """Its checksums are right, its weights are not the student's."""
-    from lad_nb.durable import write_checksums
     for name in ('model.safetensors', 'gates.safetensors'):
         folder = shutil.copytree(done, done.parent/f'{name[:5]}_bert_toy')
         (folder/'recipe.json').write_text((folder/'recipe.json').read_text().replace('"quick"', f'"{name[:5]}"'))
@@ -143,7 +143,8 @@ def test_resumed_from_a_checkpoint_that_does_not_fit(quick, done):
         state = load_file(path)
         gone = sorted(state)[0]
         save_file({k: v for k, v in state.items() if k != gone}, path, metadata={'format': 'pt'})
-        write_checksums(folder/'checkpoint-4')
+        sums = json.loads((folder/'checkpoint-4'/CHECKSUMS).read_text()) | {name: hashlib.sha256(path.read_bytes()).hexdigest()}
+        (folder/'checkpoint-4'/CHECKSUMS).write_text(json.dumps(sums))
         with pytest.raises(ValueError, match=f'checkpoint-4/{name} does not fit: {gone} is missing'): run(quick.replace(experiment=name[:5]), done.parent, resume=True, progress=False)
 
 
@@ -373,7 +374,6 @@ def test_killed_between_the_final_files(done, quick, finished, first):
 
 def test_a_file_is_hashed_once(done):
     """Opening a run reads each sealed file once, whatever looks at it; a changed one again."""
-    import hashlib
     for path in done.rglob('*'):
         if path.is_file(): os.utime(path, (1e9, 1e9)) # not written a moment ago
     with patch('hashlib.file_digest', wraps=hashlib.file_digest) as reads:
@@ -496,12 +496,14 @@ def test_script_settings_that_are_none(tiny, tmp_path, said):
 # a student that says one thing
 
 @pytest.fixture
-def regression(quick, tmp_path):
+def regression(quick, tiny, tmp_path):
     """A run on scores, of three checkpoints."""
     rows = toy_examples(300)
     frame = pd.DataFrame(dict(sentence1=[e['sentence1'] for e in rows], sentence2=[e['sentence2'] for e in rows], label=[i % 6 for i in range(300)]))
     write_task('scores', tmp_path/'scores', (), train=frame[:200], dev=frame[200:])
-    return run(quick.replace(method='fine_tune', teacher=None, task='scores', data_dir=str(tmp_path/'scores')), tmp_path/'experiments', progress=False)
+    load_encoder(tiny).save_pretrained(tmp_path/'encoder')
+    load_tokenizer(tiny).save_pretrained(tmp_path/'encoder')
+    return run(quick.replace(method='fine_tune', teacher=None, task='scores', data_dir=str(tmp_path/'scores'), ptrain_ver=str(tmp_path/'encoder')), tmp_path/'experiments', progress=False)
 
 
 def constant(state): return {k: v*0 if k.startswith('classifier') else v for k, v in state.items()}
