@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['FAITHFUL', 'OURS', 'FAST', 'rte', 'Recipe', 'recipe_from_dict', 'recipe_table', 'mapping_of', 'teacher_folder',
-           'pretrained_of', 'settle', 'build', 'make_trainer', 'run', 'file_hash', 'describe', 'plan', 'rerun',
-           'run_description', 'open_run']
+           'pretrained_of', 'settle', 'local_model', 'own_model', 'encoder_of', 'training_bytes', 'build',
+           'make_trainer', 'run', 'file_hash', 'weights_hash', 'rows_hash', 'sources_of', 'describe', 'teacher_of',
+           'plan', 'rerun', 'run_description', 'open_run']
 
 # %% ../nbs/08_recipes.ipynb #0ff5698e
-import hashlib, inspect, warnings
+import hashlib, inspect, json, os, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import pandas as pd, torch
+import pandas as pd, psutil, torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import set_seed
 
 from .cache import teacher_cache
@@ -21,10 +24,22 @@ from .distiller import Distiller, check_weights
 from .durable import check_links, read_json
 from .mappings import Mapping, make_mapping, mapping_from_dict, mapping_to_dict, methods
 from .students import init_layers, load_classifier, load_encoder, make_classifier, make_student
-from .training import DistilTrainer, check_new, check_settings, experiment_folder, find_checkpoint, load_gates, pick_device, train, training_arguments
+from .training import PLACES, DistilTrainer, check_new, check_schedule, check_sources, experiment_folder, find_checkpoint, found_from, found_places, load_gates, pick_device, remember, remembered, seen_from, train, training_arguments
+from .values import (BETA, COUNT, DECAY, DEVICE, EPS, FROZEN, LAYERS, LENGTH, NORM, RATE, SEED, SHARE, SIZE, STEP, TEMPERATURE, WEIGHT, Range, check_value, plain, shown)
 
 # %% ../nbs/08_recipes.ipynb #1447039e
-def _f(default, help, **kwargs): return field(default=default, metadata=dict(help=help, **kwargs))
+def _f(default, help, allowed=None, **kwargs): return field(default=default, metadata=dict(help=help, allowed=allowed, **kwargs))
+
+def _checked(f, value):
+    "A field's value, or `ValueError` with what it may be"
+    if f.metadata.get('pairs') and isinstance(value, dict): return _pairs(f.name, value)
+    return check_value(f.name, value, f.type, f.metadata['allowed'], optional=f.default is None)
+
+def _pairs(name, value):
+    "{student layer: encoder layer}, also as JSON writes it"
+    whole = {int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else plain(k): plain(v) for k, v in value.items()}
+    for m in (*whole, *whole.values()): check_value(f'A layer in {name}', m, int, LAYERS)
+    return whole
 
 @dataclass(frozen=True)
 class Recipe:
@@ -36,71 +51,77 @@ class Recipe:
     ptrain_ver: str = _f(None, "pretrained encoder: a folder, a hub id, or all-minilm-l6-v2; the teacher's own by default")
     data_dir: str = _f(None, 'folder that holds train.tsv, dev.tsv, test.tsv')
     dataset: str = _f('train', 'split to train on')
-    train_size: int = _f(None, 'train on so many rows only, drawn with sample_seed')
-    sample_seed: int = _f(0, 'seed of that draw, the same for every run')
-    bad_rows: str = _f('raise', "training lines with a wrong number of fields: raise, or skip with a warning that counts them")
+    train_size: int = _f(None, 'train on so many rows only, drawn with sample_seed', COUNT)
+    sample_seed: int = _f(0, 'seed of that draw, the same for every run', SEED)
+    bad_rows: str = _f('raise', "training lines with a wrong number of fields: raise, or skip with a warning that counts them", ('raise', 'skip'))
     teacher: str = _f(None, "the teacher's folder or hub id, instead of teacher_exp, tmodel and tckpt")
     teacher_exp: str = _f(None, 'experiment of the teacher')
     tmodel: str = _f('bert', "teacher's kind of model")
-    tckpt: int = _f(None, "teacher's checkpoint; its last by default")
-    gate_indices: tuple = _f(None, 'gates to learn from')
-    teacher_indices: tuple = _f(None, 'teacher layers to learn from')
-    student_indices: tuple = _f(None, 'student layers that learn from them, in the same order')
+    tckpt: int = _f(None, "teacher's checkpoint; its last by default", COUNT)
+    gate_indices: tuple = _f(None, 'gates to learn from', LAYERS)
+    teacher_indices: tuple = _f(None, 'teacher layers to learn from', LAYERS)
+    student_indices: tuple = _f(None, 'student layers that learn from them, in the same order', LAYERS)
     reverse_gate: bool = _f(False, 'teacher layers enter the gates from T down to 1')
-    num_hidden_layers: int = _f(None, 'layers of the student (M)')
-    d_model: int = _f(None, "hidden size of the student; the teacher's by default")
-    d_ff: int = _f(None, 'inner size of its feed-forward layers')
-    num_attention_heads: int = _f(None, 'its attention heads')
-    type_vocab_size: int = _f(None, 'its segment types')
-    student_init: str = _f(None, 'encoder layers that the student starts from: even or first; with explicit indices, the layers of its own sources')
-    init_from: str = _f('pretrained', 'the encoder that the student is cut from: pretrained or teacher')
+    num_hidden_layers: int = _f(None, 'layers of the student (M)', LAYERS)
+    d_model: int = _f(None, "hidden size of the student; the teacher's by default", SIZE)
+    d_ff: int = _f(None, 'inner size of its feed-forward layers', SIZE)
+    num_attention_heads: int = _f(None, 'its attention heads', SIZE)
+    type_vocab_size: int = _f(None, 'its segment types', SIZE)
+    student_init: str = _f(None, 'encoder layers that the student starts from: even or first; with explicit indices, the layers of its own sources', ('even', 'first'), pairs=True)
+    init_from: str = _f('pretrained', 'the encoder that the student is cut from: pretrained or teacher', ('pretrained', 'teacher'))
     copy_embeddings: bool = _f(True, "start from the encoder's embeddings; the paper's scripts leave them random")
-    norm: str = _f('token', "LayerNorm of the gates: token, or sequence (the paper's, over S and H)")
-    padding: str = _f('longest', 'pad batches to the longest row, or to max_length')
+    norm: str = _f('token', "LayerNorm of the gates: token, or sequence (the paper's, over S and H)", ('sequence', 'token'))
+    padding: str = _f('longest', 'pad batches to the longest row, or to max_length', ('longest', 'max_length'))
     mask_padding: bool = _f(True, "hidden losses over real tokens only; the paper's count padding")
-    max_seq_len: int = _f(128, 'tokens per example (S)')
+    max_seq_len: int = _f(128, 'tokens per example (S)', LENGTH)
     length_groups: bool = _f(False, 'put rows of like length into one batch: less padding to compute')
     teacher_cache: bool = _f(False, "compute the teacher's states once, keep them on disk (experiments/teacher_cache) and read them in every epoch, method and seed")
-    precision: str = _f('fp32', 'of the forward passes: fp32, bf16 (autocast), or auto: bf16 where the processor has it')
-    batch_size: int = _f(32, 'examples per update')
-    accum_step: int = _f(1, 'micro-batches per update')
-    total_step: int = _f(1155, 'updates')
-    warmup_step: int = _f(346, 'updates with a rising learning rate')
-    epoch: float = _f(None, 'passes over the training rows, instead of total_step')
-    warmup_rate: float = _f(None, 'share of total_step with a rising learning rate, instead of warmup_step')
-    lr: float = _f(3e-4, "student's learning rate")
-    beta1: float = _f(0.9, 'of Adam')
-    beta2: float = _f(0.999, 'of Adam')
-    eps: float = _f(1e-8, 'of Adam')
-    weight_decay: float = _f(0.01, 'decoupled weight decay; none on biases and LayerNorm weights')
-    max_norm: float = _f(1.0, "clips the student's gradient")
-    gate_lr: float = _f(3e-5, "gates' learning rate")
-    gate_beta1: float = _f(0.9, "of the gates' Adam")
-    gate_beta2: float = _f(0.999, "of the gates' Adam")
-    gate_eps: float = _f(1e-8, "of the gates' Adam")
-    gate_weight_decay: float = _f(0.01, "of the gates' Adam")
-    gate_max_norm: float = _f(1.0, "clips each gate's gradient by itself")
-    gate_total_step: int = _f(None, "end of the gates' schedule; total_step by default")
-    gate_warmup_step: int = _f(None, "the gates' warm-up; warmup_step by default")
-    dropout: float = _f(0.1, 'of hidden states and attention')
-    softmax_temp: float = _f(5.0, 'temperature of the soft loss (tau)')
-    soft_weight: float = _f(0.7, 'of the soft loss')
-    hard_weight: float = _f(0.3, 'of the hard loss')
-    mu: float = _f(500.0, 'of the hidden losses, mu/M each')
-    ckpt_step: int = _f(100, 'updates between checkpoints')
-    keep_ckpt: int = _f(None, 'keep the newest so many checkpoints; all by default')
-    log_step: int = _f(10, 'updates between log lines')
-    seed: int = _f(42, 'of weights, dropout and order')
-    device_id: int = _f(None, '-1 is the CPU, else a CUDA index; the best there is by default')
-    tdevice_id: int = _f(None, "the teacher's device, if it is another CUDA device")
-    gate_device_id: int = _f(None, "accepted as in the run book; gates live on the student's device")
+    precision: str = _f('fp32', 'of the forward passes: fp32, bf16 (autocast), or auto: bf16 where the processor has it', ('fp32', 'bf16', 'auto'))
+    batch_size: int = _f(32, 'examples per update', COUNT)
+    accum_step: int = _f(1, 'micro-batches per update', COUNT)
+    total_step: int = _f(1155, 'updates', COUNT)
+    warmup_step: int = _f(346, 'updates with a rising learning rate', STEP)
+    epoch: float = _f(None, 'passes over the training rows, instead of total_step', Range(0, 10**6, above=True))
+    warmup_rate: float = _f(None, 'share of total_step with a rising learning rate, instead of warmup_step', SHARE)
+    lr: float = _f(3e-4, "student's learning rate", RATE)
+    beta1: float = _f(0.9, 'of Adam', BETA)
+    beta2: float = _f(0.999, 'of Adam', BETA)
+    eps: float = _f(1e-8, 'of Adam', EPS)
+    weight_decay: float = _f(0.01, 'decoupled weight decay; none on biases and LayerNorm weights', DECAY)
+    max_norm: float = _f(1.0, "clips the student's gradient", NORM)
+    gate_lr: float = _f(3e-5, "gates' learning rate", FROZEN)
+    gate_beta1: float = _f(0.9, "of the gates' Adam", BETA)
+    gate_beta2: float = _f(0.999, "of the gates' Adam", BETA)
+    gate_eps: float = _f(1e-8, "of the gates' Adam", EPS)
+    gate_weight_decay: float = _f(0.01, "of the gates' Adam", DECAY)
+    gate_max_norm: float = _f(1.0, "clips each gate's gradient by itself", NORM)
+    gate_total_step: int = _f(None, "end of the gates' schedule; total_step by default", COUNT)
+    gate_warmup_step: int = _f(None, "the gates' warm-up; warmup_step by default", STEP)
+    dropout: float = _f(0.1, 'of hidden states and attention', BETA)
+    softmax_temp: float = _f(5.0, 'temperature of the soft loss (tau)', TEMPERATURE)
+    soft_weight: float = _f(0.7, 'of the soft loss', WEIGHT)
+    hard_weight: float = _f(0.3, 'of the hard loss', WEIGHT)
+    mu: float = _f(500.0, 'of the hidden losses, mu/M each', WEIGHT)
+    ckpt_step: int = _f(100, 'updates between checkpoints', COUNT)
+    keep_ckpt: int = _f(None, 'keep the newest so many checkpoints; all by default', COUNT)
+    log_step: int = _f(10, 'updates between log lines', COUNT)
+    seed: int = _f(42, 'of weights, dropout and order', SEED)
+    device_id: int = _f(None, '-1 is the CPU, else a CUDA index; the best there is by default', DEVICE)
+    tdevice_id: int = _f(None, "the teacher's device, if it is another CUDA device", DEVICE)
+    gate_device_id: int = _f(None, "accepted as in the run book; gates live on the student's device", DEVICE)
+
+    def __post_init__(self):
+        for f in fields(self): object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
 
     @property
     def distils(self) -> bool: return self.method not in ('fine_tune', 'undistilled')
 
     def replace(self, **changes) -> 'Recipe': return replace(self, **changes)
 
-    def to_dict(self) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+    def to_dict(self) -> dict:
+        "As JSON has it"
+        own = lambda v: list(v) if isinstance(v, tuple) else {str(m): k for m, k in v.items()} if isinstance(v, dict) else v
+        return {name: own(v) for name, v in asdict(self).items()}
 
 # %% ../nbs/08_recipes.ipynb #eecd8564
 def recipe_from_dict(
@@ -111,18 +132,7 @@ def recipe_from_dict(
     if not isinstance(d, dict): raise ValueError(f"A recipe is names and values, not {d!r:.60}.")
     known = [f.name for f in fields(Recipe)]
     if unknown := [k for k in d if k not in known]: raise ValueError(f"A recipe has no field {', '.join(map(repr, unknown))}. Its fields are: {', '.join(known)}.")
-    for f in fields(Recipe):
-        if f.name in d and not _is_a(d[f.name], f): raise ValueError(f"{f.name} is {d[f.name]!r:.60}; {_kinds[f.type]}{' or null' if f.default is None else ''} was expected.")
-    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
-
-_kinds = {str: 'text', int: 'a whole number', float: 'a number', bool: 'true or false', tuple: 'a list of whole numbers'}
-
-def _is_a(value, field):
-    "Whether a value can be a recipe's"
-    if value is None: return field.default is None
-    if field.type is bool or isinstance(value, bool): return field.type is type(value) is bool
-    if field.type is tuple: return isinstance(value, (list, tuple)) and all(isinstance(k, int) and not isinstance(k, bool) for k in value)
-    return isinstance(value, (int, float) if field.type is float else field.type)
+    return Recipe(**d)
 
 # %% ../nbs/08_recipes.ipynb #86d13430
 FAITHFUL = dict(norm='sequence', padding='max_length', mask_padding=False, copy_embeddings=False)
@@ -171,11 +181,13 @@ def teacher_folder(
     return find_checkpoint(experiment_folder(recipe.teacher_exp, recipe.task, recipe.tmodel, root), recipe.tckpt)
 
 def pretrained_of(
-    folder: str, # a teacher's run folder or checkpoint
-) -> str:        # or None
+    folder: str | Path, # a teacher's run folder or checkpoint
+) -> str:               # or None
     "The encoder that a teacher was fine-tuned from, as its recipe.json says"
     for place in (Path(folder), Path(folder).parent):
-        if (place/'recipe.json').is_file(): return (read_json(place/'recipe.json').get('recipe') or {}).get('ptrain_ver')
+        if not (place/'recipe.json').is_file(): continue
+        name = (read_json(place/'recipe.json').get('recipe') or {}).get('ptrain_ver')
+        return found_from(name, place.parent) if isinstance(name, str) else None
 
 def _explicit(recipe):
     "User-defined and partial mappings: each named student layer starts from the layer with its source's index"
@@ -187,10 +199,8 @@ def settle(
 ) -> Recipe:        # counts in updates
     "epoch and warmup_rate as total_step and warmup_step"
     if recipe.epoch is not None:
-        if not 0 < recipe.epoch < float('inf'): raise ValueError(f"epoch is {recipe.epoch}; a number above 0 was expected.")
         recipe = recipe.replace(total_step=max(1, round(recipe.epoch*(rows//recipe.batch_size))), epoch=None)
     if recipe.warmup_rate is not None:
-        if not 0 <= recipe.warmup_rate <= 1: raise ValueError(f"warmup_rate is {recipe.warmup_rate}; a share from 0 to 1 was expected.")
         recipe = recipe.replace(warmup_step=int(recipe.warmup_rate*recipe.total_step), warmup_rate=None)
     return recipe
 
@@ -203,37 +213,89 @@ def _check(recipe):
     if recipe.model != 'bert' or recipe.tmodel != 'bert': raise ValueError(f"model is {recipe.model!r} and tmodel {recipe.tmodel!r}; lad_nb distils 'bert'.")
     if recipe.teacher_cache and recipe.distils and (recipe.norm == 'sequence' or not recipe.mask_padding):
         raise ValueError(f"teacher_cache=True needs norm='token' and mask_padding=True: the cache keeps no padding, and norm={recipe.norm!r}, mask_padding={recipe.mask_padding} look at it. FAST sets all three.")
-    if recipe.init_from not in ('pretrained', 'teacher'): raise ValueError(f"init_from is {recipe.init_from!r}; it is 'pretrained' or 'teacher'.")
     if recipe.norm == 'sequence' and recipe.padding != 'max_length': raise ValueError("norm='sequence' needs padding='max_length': its LayerNorm has one fixed length.")
     if recipe.method == 'undistilled' and recipe.num_hidden_layers is None: raise ValueError("num_hidden_layers, the student's number of layers, was not given.")
     if recipe.gate_device_id not in (None, recipe.device_id): warnings.warn(f"gate_device_id is {recipe.gate_device_id}: gates live on the student's device, {recipe.device_id}.")
-    check_settings(recipe.to_dict() | (dict(warmup_step=0) if recipe.epoch is not None or recipe.warmup_rate is not None else {}))
+    check_schedule(recipe.to_dict() | (dict(warmup_step=0) if recipe.epoch is not None or recipe.warmup_rate is not None else {}))
     if recipe.distils: check_weights(recipe.soft_weight, recipe.hard_weight, recipe.softmax_temp, recipe.mu)
 
-def _encoder(recipe, teacher, folder):
-    "What the student is cut from, and where its tokenizer lies"
+def local_model(
+    name: str | Path, # a folder, `all-minilm-l6-v2`, or a hub id
+) -> Path:            # None, if it is not here
+    "The folder of a model that is on this machine, the hub's cache counted in; nobody is asked"
+    if name == SMALL: return model_folder(name)
+    if os.path.isdir(name): return Path(name)
+    try: config = try_to_load_from_cache(str(name), 'config.json')
+    except HFValidationError: return None
+    found = Path(config).parent if isinstance(config, str) else None
+    return found if found and (found/'model.safetensors').is_file() else None
+
+def own_model(
+    name: str,            # that a run folder gives its encoder
+    folder: str | Path,   # the run folder
+    allow_hub: bool=False, # ask the hub, if it is not here
+) -> str:                 # where it is, or the name of what the hub may be asked for
+    "An encoder that somebody's folder names: found here, or refused"
+    if name is None or allow_hub or name == SMALL or os.path.isdir(name): return name
+    if (found := local_model(name)) is not None: return str(found)
+    raise ValueError(shown(f"{folder} names the encoder {name!r}, which is not here, and the hub is not asked for what a folder names. "
+                           f"If you trust it: allow_hub=True (--allow_hub), or name it yourself: ptrain_ver={name!r} (--ptrain_ver {name})."))
+
+def encoder_of(
+    recipe: Recipe,        # whose student starts from an encoder
+    folder: str | Path,    # its teacher; None, if it has none
+    allow_hub: bool=False, # ask the hub for what the teacher's recipe.json names
+) -> str:                  # None: the teacher itself
+    "The encoder that a student is cut from"
+    if recipe.method == 'fine_tune':
+        if recipe.ptrain_ver is None: raise ValueError("ptrain_ver, the pretrained encoder to fine-tune, was not given.")
+        return recipe.ptrain_ver
     if recipe.init_from == 'teacher':
-        if teacher is None: raise ValueError("init_from='teacher' needs a teacher.")
-        return teacher.bert, folder
-    name = recipe.ptrain_ver or (pretrained_of(folder) if folder else None)
+        if folder is None: raise ValueError("init_from='teacher' needs a teacher.")
+        return None
+    name = recipe.ptrain_ver or (own_model(pretrained_of(folder), folder, allow_hub) if folder else None)
     if name is None: raise ValueError(f"Which encoder is the student cut from? {f'{folder} has no recipe.json that says it. ' if folder else ''}Name it with ptrain_ver, or take init_from='teacher'.")
-    return load_encoder(name), name
+    return name
+
+def training_bytes(
+    recipe: Recipe, # sizes of the student
+    config,         # of the encoder: the other sizes
+) -> int:           # of weights, gradients and AdamW's two moments in fp32
+    "The least memory that a student's training takes"
+    H, F = recipe.d_model or config.hidden_size, recipe.d_ff or config.intermediate_size
+    rows = config.vocab_size + config.max_position_embeddings + (recipe.type_vocab_size or config.type_vocab_size)
+    layer = 4*H*(H + 1) + 2*H*F + F + 5*H
+    M = recipe.num_hidden_layers or config.num_hidden_layers
+    return 16*(rows*H + M*layer + H*(H + 1))
+
+def _check_room(recipe, config, source):
+    "What the encoder and this machine allow, before memory is asked for"
+    if recipe.max_seq_len > config.max_position_embeddings:
+        raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {config.max_position_embeddings} is allowed by {source}, which has so many positions.")
+    needed, there = training_bytes(recipe, config), psutil.virtual_memory().total
+    if needed > there:
+        sizes = ', '.join(f'{n} {v}' for n in ('num_hidden_layers', 'd_model', 'd_ff') if (v := getattr(recipe, n)) is not None)
+        raise ValueError(f"A student with {sizes} needs {needed:,} bytes at least (weights, gradients and two moments), and this machine has {there:,}. Take a smaller one.")
 
 def build(
     recipe: Recipe,          # what to build
     root: str='experiments', # where the teacher's experiment lives
+    allow_hub: bool=False,   # ask the hub for the encoder that the teacher's recipe.json names
 ) -> tuple:                  # Distiller, tokenizer
     "Models, mapping and objective of a recipe; seeds are set right before each is made"
     _check(recipe)
     task = get_task(recipe.task)
     folder = teacher_folder(recipe, root) if recipe.distils else None
+    name = encoder_of(recipe, folder, allow_hub)
+    source = folder if name is None else name
     teacher = load_classifier(folder, task) if folder else None
+    if teacher is not None: _check_room(recipe, teacher.config, folder)
     if recipe.method == 'fine_tune':
-        if recipe.ptrain_ver is None: raise ValueError("ptrain_ver, the pretrained encoder to fine-tune, was not given.")
-        student, source = make_classifier(recipe.ptrain_ver, task, recipe.dropout, recipe.seed), recipe.ptrain_ver
-        mapping = None
+        student, mapping = make_classifier(name, task, recipe.dropout, recipe.seed), None
+        _check_room(recipe, student.config, name)
     else:
-        encoder, source = _encoder(recipe, teacher, folder)
+        encoder = teacher.bert if name is None else load_encoder(name)
+        _check_room(recipe, encoder.config, source)
         mapping = mapping_of(recipe, teacher.config.num_hidden_layers) if teacher is not None else None
         explicit = mapping is not None and _explicit(recipe)
         student = make_student(encoder, recipe.num_hidden_layers, task, recipe.student_init or (mapping.init_layers if explicit else 'even'), recipe.copy_embeddings,
@@ -250,21 +312,28 @@ def make_trainer(
     root: str='experiments', # where experiments live
     progress: bool=True,     # show a progress bar
     callbacks=(),            # more of Trainer's callbacks
+    like: str | Path=None,   # a run folder that this run continues or repeats: same teacher, encoder, rows, precision
+    allow_hub: bool=False,   # ask the hub for the encoder that the teacher's recipe.json names
 ) -> DistilTrainer:
     "A trainer that is ready to go"
     _check(recipe)
+    said = run_description(like) if like is not None and (Path(like)/'recipe.json').is_file() else {}
     folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
     rows = load_task(recipe.task, recipe.dataset, recipe.data_dir, recipe.train_size, recipe.sample_seed, recipe.bad_rows)
     recipe = settle(recipe, len(rows))
     names = [p for p in inspect.signature(training_arguments).parameters if p not in ('folder', 'progress')]
-    args = training_arguments(folder, progress=progress, **{n: getattr(recipe, n) for n in names})
-    distiller, tokenizer = build(recipe, root)
+    settings = {n: getattr(recipe, n) for n in names}
+    if recipe.precision == 'auto': settings['precision'] = said.get('precision', 'auto')
+    args = training_arguments(folder, progress=progress, **settings)
+    sources = sources_of(recipe, rows, 'bf16' if args.bf16 else 'fp32', root, allow_hub)
+    check_sources(said, sources, like)
+    distiller, tokenizer = build(recipe, root, allow_hub)
     if distiller.teacher is not None: distiller.teacher.to(_teacher_device(recipe, args.device))
     data, cache = encode(rows, tokenizer, recipe.max_seq_len), None
     if recipe.teacher_cache and distiller.teacher is not None:
         cache = teacher_cache(distiller.teacher, data, tokenizer, Path(root)/'teacher_cache', progress=progress)
     trainer = DistilTrainer(distiller, args, data, tokenizer, callbacks, cache)
-    trainer.description = describe(recipe, distiller, root)
+    trainer.description = describe(recipe, distiller, sources, root)
     return trainer
 
 def _teacher_device(recipe, student):
@@ -277,18 +346,14 @@ def run(
     resume: bool=False,      # go on from its last checkpoint
     progress: bool=True,     # show a progress bar
     callbacks=(),            # more of Trainer's callbacks
+    like: str | Path=None,   # as in `make_trainer`; what is resumed, by default
+    allow_hub: bool=False,   # as in `make_trainer`
 ) -> Path:                   # the run folder
     "Run a recipe to its end"
     _check(recipe)
-    check_new(experiment_folder(recipe.experiment, recipe.task, recipe.model, root), resume)
-    trainer = make_trainer(recipe, root, progress, callbacks)
+    check_new(folder := experiment_folder(recipe.experiment, recipe.task, recipe.model, root), resume)
+    trainer = make_trainer(recipe, root, progress, callbacks, like or (folder if resume else None), allow_hub)
     return train(trainer, trainer.description, resume)
-
-def _teacher_of(folder, said):
-    "The teacher's folder, as a run folder names it: one that is here, so that opening a run asks no hub"
-    teacher = Path(said['teacher']['folder'] if isinstance(said['teacher'], dict) and isinstance(said['teacher'].get('folder'), str) else '')
-    if not teacher.is_absolute() or not teacher.is_dir(): raise FileNotFoundError(f"{folder} learned from the teacher {str(teacher)!r}, and there is no such folder here. Put the teacher there, or name its new place in recipe.json.")
-    return teacher
 
 def file_hash(
     path: str, # a file
@@ -296,15 +361,80 @@ def file_hash(
     "What tells one file from another"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+def weights_hash(
+    folder: str | Path, # of a model
+) -> str:               # sha256 of its model.safetensors; of the hashes of its parts, where it comes in several
+    "What tells one model from another"
+    files = sorted(Path(folder).glob('model*.safetensors'))
+    whole = [f for f in files if f.name == 'model.safetensors'] or files
+    found = [file_hash(f) for f in whole]
+    return found[0] if len(found) == 1 else hashlib.sha256(' '.join(found).encode()).hexdigest()
+
+def rows_hash(
+    rows,   # Dataset from `load_task`
+) -> str:   # sha256, in hex
+    "What tells training rows from others: texts and labels, in order, wherever they came from"
+    columns = [c for c in rows.column_names if c != 'idx']
+    names = getattr(rows.features.get('label'), 'names', None)
+    found = hashlib.sha256(json.dumps([columns, names]).encode())
+    for some in rows.select_columns(columns).iter(10_000): found.update(json.dumps([some[c] for c in columns]).encode())
+    return found.hexdigest()
+
+def _source(folder, name, root):
+    "A model as recipe.json tells of it: by its way from the folder of experiments if it lies there, else by name alone"
+    said, sha256 = str(name) if name is not None and not os.path.isdir(name) else seen_from(folder, root), weights_hash(folder)
+    remember(sha256, folder)
+    return dict(folder=_tail(said) if said.startswith('..') else said, sha256=sha256)
+
+def _tail(folder):
+    "The last name of a folder; of a checkpoint, with its run's"
+    parts = Path(folder).parts
+    return '/'.join(parts[-2:] if parts[-1:] and parts[-1].startswith('checkpoint-') else parts[-1:])
+
+def sources_of(
+    recipe: Recipe,          # in updates
+    rows,                    # Dataset: what it trains on
+    precision: str,          # fp32 or bf16, settled
+    root: str='experiments', # where experiments live
+    allow_hub: bool=False,   # as in `make_trainer`
+) -> dict:                   # teacher, encoder, rows, precision
+    "What a run depends on beside its recipe, by content"
+    folder = teacher_folder(recipe, root) if recipe.distils else None
+    name = encoder_of(recipe, folder, allow_hub)
+    data = dict(count=len(rows), sha256=rows_hash(rows))
+    if recipe.data_dir is not None: remember(data['sha256'], recipe.data_dir)
+    return dict(teacher=folder and _source(folder, recipe.teacher, root), encoder=name and _source(model_folder(name), name, root),
+                rows=data, precision=precision)
+
 def describe(
     recipe: Recipe,          # asked for
     distiller: Distiller,    # built from it
+    sources: dict,           # from `sources_of`
     root: str='experiments', # where experiments live
 ) -> dict:                   # becomes recipe.json
-    "What a run folder says of itself"
-    teacher = teacher_folder(recipe, root) if recipe.distils else None
-    return dict(recipe=recipe.to_dict(), mapping=mapping_to_dict(distiller.mapping),
-                teacher=None if teacher is None else dict(folder=str(teacher.resolve()), sha256=file_hash(teacher/'model.safetensors')))
+    "What a run folder says of itself; without an absolute path, so that it can be moved and given away"
+    said = recipe.to_dict()
+    return dict(recipe=said | {n: seen_from(said[n], root) for n in PLACES}, mapping=mapping_to_dict(distiller.mapping)) | sources
+
+def teacher_of(
+    folder: str | Path, # a run folder
+    said: dict,         # its recipe.json
+) -> Path:
+    "The teacher of a run, by name and hash: beside the run if it is there, else where the recipe says. No hub is asked"
+    root, told = Path(folder).parent, said.get('teacher')
+    name, sha256 = (told.get('folder'), told.get('sha256')) if isinstance(told, dict) else (None, None)
+    names = [name] if isinstance(name, str) else []
+    places = [root/place for n in names for place in (_tail(n), n)]
+    if sha256 is not None: # what can be told from others is looked for in more places
+        typed = (said.get('recipe') or {}).get('teacher')
+        places += [p for n in (*names, *([typed] if isinstance(typed, str) else [])) if (p := local_model(found_from(n, root)))]
+        places += [p] if (p := remembered(sha256)) else []
+    found = {str(p): None if sha256 is None else weights_hash(p) for p in dict.fromkeys(places) if (p/'model.safetensors').is_file()}
+    for place, theirs in found.items():
+        if theirs == sha256: return Path(place)
+    if not found: raise FileNotFoundError(shown(f"{folder} learned from the teacher {str(name)!r}, and there is no such folder here. Put it beside the run, as {root/_tail(str(name))}."))
+    place, theirs = next(iter(found.items()))
+    raise ValueError(shown(f"The teacher {place} is not the one that {folder} learned from: sha256 {theirs[:12]}.., {str(sha256)[:12]}.. was expected. Put that one beside the run."))
 
 # %% ../nbs/08_recipes.ipynb #7dcb6b31
 def plan(
@@ -320,7 +450,9 @@ def plan(
     pretrained = recipe.ptrain_ver
     if recipe.method == 'fine_tune' and pretrained is None: raise ValueError("ptrain_ver, the pretrained encoder to fine-tune, was not given.")
     teacher, T = (None, None) if not recipe.distils else _plan_teacher(recipe, root, missing)
-    if teacher is not None and pretrained is None and teacher['there']: pretrained = pretrained_of(teacher['folder'])
+    if teacher is not None and pretrained is None and teacher['there']:
+        pretrained = pretrained_of(teacher['folder'])
+        if pretrained is not None and local_model(pretrained) is None: missing.append(f"encoder: {pretrained}, which the teacher's recipe.json names; the hub is asked for it with --allow_hub, or --ptrain_ver {pretrained}")
     mapping = mapping_of(recipe, T) if recipe.distils else None
     explicit = mapping is not None and _explicit(recipe)
     student = dict(num_hidden_layers=recipe.num_hidden_layers, cut_from='teacher' if recipe.init_from == 'teacher' else pretrained, copy_embeddings=recipe.copy_embeddings, dropout=recipe.dropout,
@@ -358,34 +490,43 @@ def _plan_teacher(recipe, root, missing):
 
 # %% ../nbs/08_recipes.ipynb #7dfe9704
 def rerun(
-    folder: str,          # a run folder
+    folder: str | Path,   # a run folder
     experiment: str=None, # name of the new run; the old one's with _rerun by default
     resume: bool=False, progress: bool=True, # as in `run`
+    allow_hub: bool=False, # ask the hub for models that the folder names
 ) -> Path:                # the new run folder
     "Train the recipe of a run folder again"
     folder = Path(folder)
     said = run_description(folder)
     recipe = recipe_from_dict(said)
-    if said.get('teacher'):
-        teacher = teacher_folder(recipe, folder.parent)
-        if (found := file_hash(teacher/'model.safetensors')) != said['teacher']['sha256']:
-            raise ValueError(f"The teacher {teacher} is not the one that {folder} learned from: sha256 {found[:12]}.., {said['teacher']['sha256'][:12]}.. was expected.")
-    return run(recipe.replace(experiment=experiment or f'{recipe.experiment}_rerun'), folder.parent, resume, progress)
+    changes = dict(experiment=experiment or f'{recipe.experiment}_rerun', precision=said.get('precision') or recipe.precision)
+    if recipe.ptrain_ver is not None: changes |= dict(ptrain_ver=own_model(recipe.ptrain_ver, folder, allow_hub))
+    if recipe.distils: changes |= _teacher_again(recipe, folder, said, allow_hub)
+    return run(recipe.replace(**changes), folder.parent, resume, progress, like=folder, allow_hub=allow_hub)
+
+def _teacher_again(recipe, folder, said, allow_hub):
+    "The teacher of a run that is repeated: where it is now"
+    try: teacher = teacher_of(folder, said)
+    except FileNotFoundError:
+        if allow_hub and recipe.teacher is not None: return {} # compared when it is here
+        raise
+    return {} if recipe.teacher is None and teacher.is_relative_to(folder.parent) else dict(teacher=str(teacher))
 
 def run_description(
-    folder: str, # a run folder
-) -> dict:       # its recipe.json
+    folder: str | Path, # a run folder
+) -> dict:              # its recipe.json, in which the folders of a recipe are those that are here
     "What a run folder says of itself"
     path = Path(folder)/'recipe.json'
     if not path.is_file(): raise FileNotFoundError(f"{folder} is no run folder: it has no recipe.json.")
     check_links(folder)
     said = read_json(path)
     if not isinstance(said, dict): raise ValueError(f"{path} holds no description of a run: names and values were expected.")
+    if isinstance(said.get('recipe'), dict): said['recipe'] = found_places(said, Path(folder).parent)
     return said
 
 # %% ../nbs/08_recipes.ipynb #0542a005
 def open_run(
-    folder: str,    # a run folder
+    folder: str | Path, # a run folder
     step: int=None, # a checkpoint's update step; the end of the run by default
 ) -> tuple:         # Distiller in eval mode, tokenizer, Recipe
     "A run's distiller as it was"
@@ -393,7 +534,7 @@ def open_run(
     said = run_description(folder)
     recipe, place = recipe_from_dict(said), folder if step is None else find_checkpoint(folder, step)
     student = load_classifier(place, recipe.task)
-    teacher = load_classifier(_teacher_of(folder, said), recipe.task) if said.get('teacher') else None
+    teacher = load_classifier(teacher_of(folder, said), recipe.task) if said.get('teacher') else None
     loss = dict(soft_weight=recipe.soft_weight, hard_weight=recipe.hard_weight, softmax_temp=recipe.softmax_temp, mu=recipe.mu) if teacher is not None else {}
     distiller = Distiller(student, teacher, mapping_from_dict(said['mapping']) if teacher is not None else None, norm=recipe.norm, seq_len=recipe.max_seq_len, mask_padding=recipe.mask_padding, **loss)
     load_gates(distiller.objective, place)
