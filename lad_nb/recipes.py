@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAITHFUL', 'OURS', 'FAST', 'rte', 'Recipe', 'recipe_from_dict', 'recipe_table', 'mapping_of', 'teacher_folder',
-           'pretrained_of', 'settle', 'local_model', 'own_model', 'encoder_of', 'training_bytes', 'build',
-           'make_trainer', 'run', 'file_hash', 'weights_hash', 'rows_hash', 'sources_of', 'describe', 'teacher_of',
-           'plan', 'rerun', 'run_description', 'open_run']
+           'pretrained_of', 'settle', 'build', 'make_trainer', 'run', 'local_model', 'own_model', 'encoder_of',
+           'training_bytes', 'file_hash', 'weights_hash', 'rows_hash', 'sources_of', 'describe', 'teacher_of', 'plan',
+           'rerun', 'run_description', 'open_run']
 
 # %% ../nbs/08_recipes.ipynb #0ff5698e
 import hashlib, inspect, json, os, warnings
@@ -33,7 +33,8 @@ def _f(default, help, allowed=None, **kwargs): return field(default=default, met
 def _checked(f, value):
     "A field's value, or `ValueError` with what it may be"
     if f.metadata.get('pairs') and isinstance(value, dict): return _pairs(f.name, value)
-    return check_value(f.name, value, f.type, f.metadata['allowed'], optional=f.default is None)
+    also = 'pairs student layer: encoder layer' if f.metadata.get('pairs') else ''
+    return check_value(f.name, value, f.type, f.metadata['allowed'], f.default is None, also)
 
 def _pairs(name, value):
     "{student layer: encoder layer}, also as JSON writes it"
@@ -219,64 +220,6 @@ def _check(recipe):
     check_schedule(recipe.to_dict() | (dict(warmup_step=0) if recipe.epoch is not None or recipe.warmup_rate is not None else {}))
     if recipe.distils: check_weights(recipe.soft_weight, recipe.hard_weight, recipe.softmax_temp, recipe.mu)
 
-def local_model(
-    name: str | Path, # a folder, `all-minilm-l6-v2`, or a hub id
-) -> Path:            # None, if it is not here
-    "The folder of a model that is on this machine, the hub's cache counted in; nobody is asked"
-    if name == SMALL: return model_folder(name)
-    if os.path.isdir(name): return Path(name)
-    try: config = try_to_load_from_cache(str(name), 'config.json')
-    except HFValidationError: return None
-    found = Path(config).parent if isinstance(config, str) else None
-    return found if found and (found/'model.safetensors').is_file() else None
-
-def own_model(
-    name: str,            # that a run folder gives its encoder
-    folder: str | Path,   # the run folder
-    allow_hub: bool=False, # ask the hub, if it is not here
-) -> str:                 # where it is, or the name of what the hub may be asked for
-    "An encoder that somebody's folder names: found here, or refused"
-    if name is None or allow_hub or name == SMALL or os.path.isdir(name): return name
-    if (found := local_model(name)) is not None: return str(found)
-    raise ValueError(shown(f"{folder} names the encoder {name!r}, which is not here, and the hub is not asked for what a folder names. "
-                           f"If you trust it: allow_hub=True (--allow_hub), or name it yourself: ptrain_ver={name!r} (--ptrain_ver {name})."))
-
-def encoder_of(
-    recipe: Recipe,        # whose student starts from an encoder
-    folder: str | Path,    # its teacher; None, if it has none
-    allow_hub: bool=False, # ask the hub for what the teacher's recipe.json names
-) -> str:                  # None: the teacher itself
-    "The encoder that a student is cut from"
-    if recipe.method == 'fine_tune':
-        if recipe.ptrain_ver is None: raise ValueError("ptrain_ver, the pretrained encoder to fine-tune, was not given.")
-        return recipe.ptrain_ver
-    if recipe.init_from == 'teacher':
-        if folder is None: raise ValueError("init_from='teacher' needs a teacher.")
-        return None
-    name = recipe.ptrain_ver or (own_model(pretrained_of(folder), folder, allow_hub) if folder else None)
-    if name is None: raise ValueError(f"Which encoder is the student cut from? {f'{folder} has no recipe.json that says it. ' if folder else ''}Name it with ptrain_ver, or take init_from='teacher'.")
-    return name
-
-def training_bytes(
-    recipe: Recipe, # sizes of the student
-    config,         # of the encoder: the other sizes
-) -> int:           # of weights, gradients and AdamW's two moments in fp32
-    "The least memory that a student's training takes"
-    H, F = recipe.d_model or config.hidden_size, recipe.d_ff or config.intermediate_size
-    rows = config.vocab_size + config.max_position_embeddings + (recipe.type_vocab_size or config.type_vocab_size)
-    layer = 4*H*(H + 1) + 2*H*F + F + 5*H
-    M = recipe.num_hidden_layers or config.num_hidden_layers
-    return 16*(rows*H + M*layer + H*(H + 1))
-
-def _check_room(recipe, config, source):
-    "What the encoder and this machine allow, before memory is asked for"
-    if recipe.max_seq_len > config.max_position_embeddings:
-        raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {config.max_position_embeddings} is allowed by {source}, which has so many positions.")
-    needed, there = training_bytes(recipe, config), psutil.virtual_memory().total
-    if needed > there:
-        sizes = ', '.join(f'{n} {v}' for n in ('num_hidden_layers', 'd_model', 'd_ff') if (v := getattr(recipe, n)) is not None)
-        raise ValueError(f"A student with {sizes} needs {needed:,} bytes at least (weights, gradients and two moments), and this machine has {there:,}. Take a smaller one.")
-
 def build(
     recipe: Recipe,          # what to build
     root: str='experiments', # where the teacher's experiment lives
@@ -355,6 +298,71 @@ def run(
     trainer = make_trainer(recipe, root, progress, callbacks, like or (folder if resume else None), allow_hub)
     return train(trainer, trainer.description, resume)
 
+# %% ../nbs/08_recipes.ipynb #63de7085
+def local_model(
+    name: str | Path, # a folder, `all-minilm-l6-v2`, or a hub id
+) -> Path:            # None, if it is not here
+    "The folder of a model that is on this machine, the hub's cache counted in; nobody is asked"
+    if name == SMALL: return model_folder(name)
+    if os.path.isdir(name): return Path(name)
+    try: config = try_to_load_from_cache(str(name), 'config.json')
+    except HFValidationError: return None
+    found = Path(config).parent if isinstance(config, str) else None
+    return found if found and (found/'model.safetensors').is_file() else None
+
+def own_model(
+    name: str,            # that a run folder gives its encoder
+    folder: str | Path,   # the run folder
+    allow_hub: bool=False, # ask the hub, if it is not here
+) -> str:                 # where it is, or the name of what the hub may be asked for
+    "An encoder that somebody's folder names: found here, or refused"
+    if name is None or allow_hub or name == SMALL or os.path.isdir(name): return name
+    if (found := local_model(name)) is not None: return str(found)
+    if name.startswith('.') or os.path.isabs(name):
+        raise FileNotFoundError(shown(f"{folder} names the encoder {name!r}, and there is no such folder here. Put it there, as seen from {Path(folder).parent}, "
+                                      "or name its place yourself: ptrain_ver, --ptrain_ver."))
+    raise ValueError(shown(f"{folder} names the encoder {name!r}, which is not here, and the hub is not asked for what a folder names. "
+                           f"If you trust it: allow_hub=True (--allow_hub), or name it yourself: ptrain_ver={name!r} (--ptrain_ver {name})."))
+
+# %% ../nbs/08_recipes.ipynb #3cf3482c
+def encoder_of(
+    recipe: Recipe,        # whose student starts from an encoder
+    folder: str | Path,    # its teacher; None, if it has none
+    allow_hub: bool=False, # ask the hub for what the teacher's recipe.json names
+) -> str:                  # None: the teacher itself
+    "The encoder that a student is cut from"
+    if recipe.method == 'fine_tune':
+        if recipe.ptrain_ver is None: raise ValueError("ptrain_ver, the pretrained encoder to fine-tune, was not given.")
+        return recipe.ptrain_ver
+    if recipe.init_from == 'teacher':
+        if folder is None: raise ValueError("init_from='teacher' needs a teacher.")
+        return None
+    name = recipe.ptrain_ver or (own_model(pretrained_of(folder), folder, allow_hub) if folder else None)
+    if name is None: raise ValueError(f"Which encoder is the student cut from? {f'{folder} has no recipe.json that says it. ' if folder else ''}Name it with ptrain_ver, or take init_from='teacher'.")
+    return name
+
+# %% ../nbs/08_recipes.ipynb #fcf09f77
+def training_bytes(
+    recipe: Recipe, # sizes of the student
+    config,         # of the encoder: the other sizes
+) -> int:           # of weights, gradients and AdamW's two moments in fp32
+    "The least memory that a student's training takes"
+    H, F = recipe.d_model or config.hidden_size, recipe.d_ff or config.intermediate_size
+    rows = config.vocab_size + config.max_position_embeddings + (recipe.type_vocab_size or config.type_vocab_size)
+    layer = 4*H*(H + 1) + 2*H*F + F + 5*H
+    M = recipe.num_hidden_layers or config.num_hidden_layers
+    return 16*((rows + 2)*H + M*layer + H*(H + 1))
+
+def _check_room(recipe, config, source):
+    "What the encoder and this machine allow, before memory is asked for"
+    if recipe.max_seq_len > config.max_position_embeddings:
+        raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {config.max_position_embeddings} is allowed by {source}, which has so many positions.")
+    needed, there = training_bytes(recipe, config), psutil.virtual_memory().total
+    if needed > there:
+        sizes = ', '.join(f'{n} {v}' for n in ('num_hidden_layers', 'd_model', 'd_ff') if (v := getattr(recipe, n)) is not None)
+        raise ValueError(f"A student with {sizes} needs {needed:,} bytes at least (weights, gradients and two moments), and this machine has {there:,}. Take a smaller one.")
+
+# %% ../nbs/08_recipes.ipynb #eca6fac7
 def file_hash(
     path: str, # a file
 ) -> str:      # sha256, in hex
@@ -380,11 +388,12 @@ def rows_hash(
     for some in rows.select_columns(columns).iter(10_000): found.update(json.dumps([some[c] for c in columns]).encode())
     return found.hexdigest()
 
+# %% ../nbs/08_recipes.ipynb #88847ae8
 def _source(folder, name, root):
     "A model as recipe.json tells of it: by its way from the folder of experiments if it lies there, else by name alone"
     said, sha256 = str(name) if name is not None and not os.path.isdir(name) else seen_from(folder, root), weights_hash(folder)
     remember(sha256, folder)
-    return dict(folder=_tail(said) if said.startswith('..') else said, sha256=sha256)
+    return dict(folder=_tail(said) if said.startswith('..') else said.removeprefix('./'), sha256=sha256)
 
 def _tail(folder):
     "The last name of a folder; of a checkpoint, with its run's"
@@ -406,6 +415,7 @@ def sources_of(
     return dict(teacher=folder and _source(folder, recipe.teacher, root), encoder=name and _source(model_folder(name), name, root),
                 rows=data, precision=precision)
 
+# %% ../nbs/08_recipes.ipynb #73e4baca
 def describe(
     recipe: Recipe,          # asked for
     distiller: Distiller,    # built from it
@@ -416,6 +426,7 @@ def describe(
     said = recipe.to_dict()
     return dict(recipe=said | {n: seen_from(said[n], root) for n in PLACES}, mapping=mapping_to_dict(distiller.mapping)) | sources
 
+# %% ../nbs/08_recipes.ipynb #37675079
 def teacher_of(
     folder: str | Path, # a run folder
     said: dict,         # its recipe.json

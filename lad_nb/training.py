@@ -7,8 +7,8 @@ __all__ = ['PLACES', 'DistilArguments', 'training_arguments', 'check_settings', 
            'random_state', 'set_random_state', 'keep_random_state', 'LengthGroups', 'check_cache', 'linear_schedule',
            'DistilTrainer', 'save_gates', 'load_gates', 'LossParts', 'ClipBlocks', 'JsonLines', 'Board', 'Bar',
            'check_labelled', 'check_teacher', 'blame', 'check_finite', 'read_log', 'experiment_folder', 'checkpoints',
-           'find_checkpoint', 'sound_checkpoint', 'check_new', 'found_from', 'seen_from', 'remember', 'remembered',
-           'found_places', 'check_same', 'check_sources', 'versions', 'train']
+           'find_checkpoint', 'sound_checkpoint', 'check_new', 'versions', 'train', 'found_from', 'seen_from',
+           'remember', 'remembered', 'found_places', 'check_sources', 'check_same']
 
 # %% ../nbs/06_training.ipynb #5b1175cd
 import contextlib, errno, json, os, pickle, platform, random, re, shutil, sys, warnings
@@ -607,98 +607,6 @@ def check_new(
         raise FileExistsError(f"{shown(folder)} exists and holds {shown(', '.join(sorted(p.name for p in folder.iterdir())[:4]))}, ... "
                               "Resume it (resume=True, --resume), choose another experiment name, or delete it.")
 
-PLACES = dict(teacher='teacher', ptrain_ver='encoder', data_dir='rows') # what a recipe says by the name of a folder: the source that has its hash
-
-def found_from(
-    name: str | Path,   # of a folder, from the folder of experiments; or as it was given; or a hub id
-    root: str | Path,   # the folder of experiments
-) -> str:               # where it is; the name itself, if it is not below or beside `root`
-    "A folder that a run folder names: runs and what they learned from may move together"
-    if name is None or os.path.isabs(name): return name
-    here = os.path.normpath(os.path.join(os.path.abspath(root), name))
-    return here if os.path.isdir(here) else name
-
-def seen_from(
-    name: str | Path,   # of a folder; or a hub id
-    root: str | Path,   # the folder of experiments
-) -> str:               # without an absolute path
-    "What a run folder writes for it: the way there from `root`, which `found_from` goes"
-    if name is None or not os.path.isdir(name): return name
-    cached = re.search(r'models--([^/\\]+)[/\\]snapshots[/\\]', str(name)) # in the hub's cache
-    if cached: return cached[1].replace('--', '/')
-    try: return Path(os.path.relpath(name, root)).as_posix()
-    except ValueError: return Path(name).name # another drive
-
-def _note(sha256): return Path(datasets.config.HF_DATASETS_CACHE)/'lad_nb'/'places'/str(sha256)
-
-def remember(
-    sha256: str,         # of a model or of training rows
-    folder: str | Path,  # where it lies on this machine
-):
-    "Note in the user's cache, which nobody is given, where a source of a run lies"
-    with contextlib.suppress(OSError): # a convenience: a run that is copied alone still finds what it learned from
-        _note(sha256).parent.mkdir(parents=True, exist_ok=True)
-        write_text(_note(sha256), os.path.abspath(folder))
-
-def remembered(
-    sha256,        # as a recipe.json has it
-) -> Path:         # None, if it was not seen here, or is gone
-    "Where a source of a run lay on this machine; what is there now has to be compared"
-    if not isinstance(sha256, str) or not re.fullmatch('[0-9a-f]{64}', sha256): return None
-    with contextlib.suppress(OSError, ValueError):
-        folder = Path(_note(sha256).read_text(encoding='utf-8'))
-        return folder if folder.is_dir() else None
-
-def found_places(
-    said: dict,         # a recipe.json
-    root: str | Path,   # the folder of experiments
-) -> dict:              # its recipe; {} if it has none
-    "The recipe of a run folder, with its folders as they are found from here"
-    recipe = _named(said.get('recipe'))
-    found = {n: found_from(recipe[n], root) for n in PLACES if isinstance(recipe.get(n), str)}
-    for name, place in found.items():
-        sha256 = _named(said.get(PLACES[name])).get('sha256')
-        if not os.path.isdir(place) and (elsewhere := remembered(sha256)): found[name] = str(elsewhere)
-    return recipe | found
-
-def check_same(
-    folder: str | Path, # a run folder
-    description: dict,  # what is to be trained there now
-):
-    "`ValueError` when a run would go on with another recipe, teacher, rows or precision than it began with; where it runs may change"
-    path = Path(folder)/'recipe.json'
-    said = read_json(path) if path.is_file() else {}
-    check_sources(said, description, folder)
-    began, now = (d.get('recipe') or {} for d in (said, description))
-    told = {field for source, names in _told_by.items() if said.get(source) and description.get(source) for field in names}
-    value = lambda recipe, k: found_from(recipe[k], Path(folder).parent) if k in PLACES else recipe[k]
-    differ = [f"{k} is {value(now, k)!r}, it began with {value(began, k)!r}" for k in began.keys() & now.keys() - told
-              if value(began, k) != value(now, k) and not k.endswith(('device_id', 'teacher_cache'))]
-    if differ: raise ValueError(f"{folder} cannot go on with another recipe: {'; '.join(sorted(differ))}. Resume with the same settings, or choose another experiment name.")
-
-_told_by = dict( # what a hash tells better than a name
-    teacher=('teacher', 'teacher_exp', 'tmodel', 'tckpt'), encoder=('ptrain_ver',), rows=('data_dir',), precision=('precision',))
-
-def check_sources(
-    said: dict,         # a recipe.json; what an older version did not write down is not compared
-    now: dict,          # what is to be trained
-    who: str | Path,    # the run folder that said it
-):
-    "`ValueError` for another teacher, encoder, other rows or another precision than a run began with"
-    for source, what in dict(teacher='learned from', encoder='was cut from').items():
-        was, found = _named(said.get(source)), now.get(source)
-        if was and found and was.get('sha256') != found['sha256']:
-            raise ValueError(f"The {source} {found['folder']} is not the one that {who} {what}: sha256 {found['sha256'][:12]}.., "
-                             f"{str(was.get('sha256'))[:12]}.. was expected. Put that one there, or train a new experiment.")
-    was, found = _named(said.get('rows')), now.get('rows')
-    if was and found and was.get('sha256') != found['sha256']:
-        raise ValueError(f"The training rows are not those of {who}: {found['count']} rows, sha256 {found['sha256'][:12]}..; {was.get('count')} rows, "
-                         f"sha256 {str(was.get('sha256'))[:12]}.. were expected. Name the folder of its rows (data_dir), or train a new experiment.")
-    if said.get('precision') and now.get('precision') and said['precision'] != now['precision']:
-        raise ValueError(f"precision is {now['precision']!r}, {who} began in {said['precision']!r}. Take the same, or train a new experiment.")
-
-def _named(said): return said if isinstance(said, dict) else {} # a recipe.json may be anybody's
-
 def versions() -> dict:
     "What ran: for recipe.json"
     import accelerate, datasets, transformers
@@ -742,3 +650,101 @@ def _save_final(trainer, folder):
     if not trainer.is_world_process_zero(): return
     for path in sorted(aside.iterdir(), key=lambda p: p.name == 'model.safetensors'): os.replace(path, folder/path.name)
     aside.rmdir()
+
+# %% ../nbs/06_training.ipynb #4cf283b6
+PLACES = dict(teacher='teacher', ptrain_ver='encoder', data_dir='rows') # what a recipe says by the name of a folder: the source that has its hash
+
+def found_from(
+    name: str | Path,   # of a folder, from the folder of experiments; or as it was given; or a hub id
+    root: str | Path,   # the folder of experiments
+) -> str:               # where it is; the name itself, if it is not below or beside `root`
+    "A folder that a run folder names: runs and what they learned from may move together"
+    if name is None or os.path.isabs(name): return name
+    here = os.path.normpath(os.path.join(os.path.abspath(root), name))
+    return here if os.path.isdir(here) else name
+
+def seen_from(
+    name: str | Path,   # of a folder; or a hub id
+    root: str | Path,   # the folder of experiments
+) -> str:               # without an absolute path
+    "What a run folder writes for it: the way there from `root`, which `found_from` goes"
+    if name is None or not os.path.isdir(name): return name
+    cached = re.search(r'models--([^/\\]+)[/\\]snapshots[/\\]', str(name)) # in the hub's cache
+    if cached: return cached[1].replace('--', '/')
+    try: way = Path(os.path.relpath(name, root)).as_posix()
+    except ValueError: way = Path(name).name # another drive
+    return way if way.startswith('..') else f'./{way}' # no hub id looks so
+
+# %% ../nbs/06_training.ipynb #4d42a87b
+def _note(sha256): return Path(datasets.config.HF_DATASETS_CACHE)/'lad_nb'/'places'/str(sha256)
+
+def remember(
+    sha256: str,         # of a model or of training rows
+    folder: str | Path,  # where it lies on this machine
+):
+    "Note in the user's cache, which nobody is given, where a source of a run lies"
+    with contextlib.suppress(OSError): # a convenience: a run that is copied alone still finds what it learned from
+        _note(sha256).parent.mkdir(parents=True, exist_ok=True)
+        write_text(_note(sha256), os.path.abspath(folder))
+
+def remembered(
+    sha256,        # as a recipe.json has it
+) -> Path:         # None, if it was not seen here, or is gone
+    "Where a source of a run lay on this machine; what is there now has to be compared"
+    if not isinstance(sha256, str) or not re.fullmatch('[0-9a-f]{64}', sha256): return None
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path(_note(sha256).read_text(encoding='utf-8'))
+        return folder if folder.is_dir() else None
+
+# %% ../nbs/06_training.ipynb #13d2f28f
+def found_places(
+    said: dict,         # a recipe.json
+    root: str | Path,   # the folder of experiments
+) -> dict:              # its recipe; {} if it has none
+    "The recipe of a run folder, with its folders as they are found from here"
+    recipe = _named(said.get('recipe'))
+    found = {n: found_from(recipe[n], root) for n in PLACES if isinstance(recipe.get(n), str)}
+    for name, place in found.items():
+        sha256 = _named(said.get(PLACES[name])).get('sha256')
+        if not os.path.isdir(place) and (elsewhere := remembered(sha256)): found[name] = str(elsewhere)
+    return recipe | found
+
+def _named(said): return said if isinstance(said, dict) else {} # a recipe.json may be anybody's
+
+# %% ../nbs/06_training.ipynb #2834afef
+def check_sources(
+    said: dict,         # a recipe.json; what an older version did not write down is not compared
+    now: dict,          # what is to be trained
+    who: str | Path,    # the run folder that said it
+):
+    "`ValueError` for another teacher, encoder, other rows or another precision than a run began with"
+    for source, what in dict(teacher='learned from', encoder='was cut from').items():
+        was, found = _named(said.get(source)), now.get(source)
+        if was and found and was.get('sha256') != found['sha256']:
+            raise ValueError(f"The {source} {found['folder']} is not the one that {who} {what}: sha256 {found['sha256'][:12]}.., "
+                             f"{str(was.get('sha256'))[:12]}.. was expected. Put that one there, or train a new experiment.")
+    was, found = _named(said.get('rows')), now.get('rows')
+    if was and found and was.get('sha256') != found['sha256']:
+        raise ValueError(f"The training rows are not those of {who}: {found['count']} rows, sha256 {found['sha256'][:12]}..; {was.get('count')} rows, "
+                         f"sha256 {str(was.get('sha256'))[:12]}.. were expected. Name the folder of its rows (data_dir), or train a new experiment.")
+    if said.get('precision') and now.get('precision') and said['precision'] != now['precision']:
+        raise ValueError(f"precision is {now['precision']!r}, {who} began in {said['precision']!r}. Take the same, or train a new experiment.")
+
+# %% ../nbs/06_training.ipynb #ffe522df
+def check_same(
+    folder: str | Path, # a run folder
+    description: dict,  # what is to be trained there now
+):
+    "`ValueError` when a run would go on with another recipe, teacher, rows or precision than it began with; where it runs may change"
+    path = Path(folder)/'recipe.json'
+    said = read_json(path) if path.is_file() else {}
+    check_sources(said, description, folder)
+    began, now = (d.get('recipe') or {} for d in (said, description))
+    told = {field for source, names in _told_by.items() if said.get(source) and description.get(source) for field in names}
+    value = lambda recipe, k: found_from(recipe[k], Path(folder).parent) if k in PLACES else recipe[k]
+    differ = [f"{k} is {value(now, k)!r}, it began with {value(began, k)!r}" for k in began.keys() & now.keys() - told
+              if value(began, k) != value(now, k) and not k.endswith(('device_id', 'teacher_cache'))]
+    if differ: raise ValueError(f"{folder} cannot go on with another recipe: {'; '.join(sorted(differ))}. Resume with the same settings, or choose another experiment name.")
+
+_told_by = dict( # what a hash tells better than a name
+    teacher=('teacher', 'teacher_exp', 'tmodel', 'tckpt'), encoder=('ptrain_ver',), rows=('data_dir',), precision=('precision',))

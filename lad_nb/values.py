@@ -82,14 +82,16 @@ def check_value(
     kind: type,          # str, int, float, bool, or tuple of whole numbers
     allowed=None,        # a `Range` of numbers, or the texts that are allowed
     optional: bool=False, # may it be None
+    also: str='',         # what else it may be, in words
 ):                       # the value, as Python's own type
     "`ValueError` that names a setting, what it is and what is allowed"
     if value is None and optional: return None
-    value, what = plain(value), _kinds[kind]
-    if isinstance(value, list): value = tuple(value)
-    if isinstance(allowed, Range): what = f'{what} {allowed}'
-    elif allowed: what = ' or '.join(map(repr, allowed))
+    value = tuple(v) if isinstance(v := plain(value), list) else v
+    what = [f'{_kinds[kind]} {allowed}' if isinstance(allowed, Range) else _kinds[kind]]
+    if isinstance(allowed, tuple): what = [*map(repr, allowed)]
+    what += [also]*bool(also) + ['None']*optional
     right = _is_a(value, kind)
     if right and allowed: right = all(v in allowed for v in (value if kind is tuple else [value]))
     if right: return value
-    raise ValueError(f"{name} is {_brief(value)}; {what}{' or None' if optional else ''} was expected.")
+    what = ' or '.join(', '.join(what).rsplit(', ', 1))
+    raise ValueError(f"{name} is {_brief(value)}; {what} was expected.")
