@@ -216,7 +216,8 @@ def _sync(device): return partial(torch.cuda.synchronize, device) if device.star
 @contextmanager
 def scratch():
     "A temporary folder that is gone afterwards, however impatiently Ctrl-C is pressed"
-    held, ours = tempfile.TemporaryDirectory(prefix='lad-nb-', ignore_cleanup_errors=True), threading.current_thread() is threading.main_thread()
+    held = tempfile.TemporaryDirectory(prefix='lad-nb-', ignore_cleanup_errors=True)
+    ours = threading.current_thread() is threading.main_thread() # no other may set handlers
     try: yield held.name
     finally:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ours else None

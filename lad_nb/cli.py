@@ -76,7 +76,8 @@ def number(
     text: str, # 3e-4
 ) -> float:
     "A number, as flags spell it"
-    if re.fullmatch(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf)', text, re.IGNORECASE): return float(text)
+    digits = r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf)'
+    if re.fullmatch(digits, text, re.IGNORECASE): return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number")
 
 def count(
@@ -210,7 +211,9 @@ def recipe_of(
     if args.num_class is not None and args.num_class != get_task(args.task).num_labels:
         raise ValueError(f"--num_class is {args.num_class}; the task {args.task} has {get_task(args.task).num_labels} ({', '.join(get_task(args.task).id2label.values())}).")
     if method == 'fine_tune': given = dict(soft_weight=0., hard_weight=1., mu=0.) | given
-    if args.fast and args.faithful: raise ValueError("--fast and --faithful contradict each other: one of norm, padding, masking and embeddings is the paper's, the other ours. Give one.")
+    if args.fast and args.faithful:
+        raise ValueError("--fast and --faithful contradict each other: norm, padding, masking and embeddings are ours "
+                         "with the one, the paper's with the other. Give one.")
     return Recipe(**(FAST if args.fast else OURS if args.faithful is False else FAITHFUL) | given)
 
 # %% ../nbs/12_cli.ipynb #d13cfdba

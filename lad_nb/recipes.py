@@ -24,11 +24,15 @@ from .distiller import Distiller, check_weights
 from .durable import check_links, read_json
 from .mappings import Mapping, make_mapping, mapping_from_dict, mapping_to_dict, methods
 from .students import init_layers, load_classifier, load_encoder, make_classifier, make_student
-from .training import PLACES, DistilTrainer, check_new, check_schedule, check_sources, experiment_folder, find_checkpoint, found_from, found_places, load_gates, pick_device, remember, remembered, seen_from, train, training_arguments
-from .values import (BETA, COUNT, DECAY, DEVICE, EPS, FROZEN, LAYERS, LENGTH, NORM, RATE, SEED, SHARE, SIZE, STEP, TEMPERATURE, WEIGHT, Range, check_value, plain, shown)
+from .training import (PLACES, DistilTrainer, check_new, check_schedule, check_sources, experiment_folder, find_checkpoint,
+                       found_from, found_places, load_gates, pick_device, remember, remembered, seen_from, train,
+                       training_arguments)
+from .values import (BETA, COUNT, DECAY, DEVICE, EPS, FROZEN, LAYERS, LENGTH, NORM, RATE, SEED, SHARE, SIZE, STEP,
+                     TEMPERATURE, WEIGHT, Range, check_value, plain, shown)
 
 # %% ../nbs/08_recipes.ipynb #1447039e
-def _f(default, help, allowed=None, **kwargs): return field(default=default, metadata=dict(help=help, allowed=allowed, **kwargs))
+def _f(default, help, allowed=None, **kwargs):
+    return field(default=default, metadata=dict(help=help, allowed=allowed, **kwargs))
 
 def _checked(f, value):
     "A field's value, or `ValueError` with what it may be"
@@ -38,7 +42,8 @@ def _checked(f, value):
 
 def _pairs(name, value):
     "{student layer: encoder layer}, also as JSON writes it"
-    whole = {int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else plain(k): plain(v) for k, v in value.items()}
+    number = lambda k: int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else plain(k)
+    whole = {number(k): plain(v) for k, v in value.items()}
     for m in (*whole, *whole.values()): check_value(f'A layer in {name}', m, int, LAYERS)
     return whole
 
@@ -121,7 +126,7 @@ class Recipe:
 
     def to_dict(self) -> dict:
         "As JSON has it"
-        own = lambda v: list(v) if isinstance(v, tuple) else {str(m): k for m, k in v.items()} if isinstance(v, dict) else v
+        def own(v): return list(v) if isinstance(v, tuple) else {str(m): k for m, k in v.items()} if isinstance(v, dict) else v
         return {name: own(v) for name, v in asdict(self).items()}
 
 # %% ../nbs/08_recipes.ipynb #eecd8564
@@ -319,10 +324,13 @@ def own_model(
     if name is None or allow_hub or name == SMALL or os.path.isdir(name): return name
     if (found := local_model(name)) is not None: return str(found)
     if name.startswith('.') or os.path.isabs(name):
-        raise FileNotFoundError(shown(f"{folder} names the encoder {name!r}, and there is no such folder here. Put it there, as seen from {Path(folder).parent}, "
-                                      "or name its place yourself: ptrain_ver, --ptrain_ver."))
-    raise ValueError(shown(f"{folder} names the encoder {name!r}, which is not here, and the hub is not asked for what a folder names. "
-                           f"If you trust it: allow_hub=True (--allow_hub), or name it yourself: ptrain_ver={name!r} (--ptrain_ver {name})."))
+        raise FileNotFoundError(shown(
+            f"{folder} names the encoder {name!r}, and there is no such folder here. Put it there, "
+            f"as seen from {Path(folder).parent}, or name its place yourself: ptrain_ver, --ptrain_ver."))
+    raise ValueError(shown(
+        f"{folder} names the encoder {name!r}, which is not here, and the hub is not asked for what a folder "
+        "names. If you trust it: allow_hub=True (--allow_hub), or name it yourself: "
+        f"ptrain_ver={name!r} (--ptrain_ver {name})."))
 
 # %% ../nbs/08_recipes.ipynb #3cf3482c
 def encoder_of(
@@ -332,14 +340,17 @@ def encoder_of(
 ) -> str:                  # None: the teacher itself
     "The encoder that a student is cut from"
     if recipe.method == 'fine_tune':
-        if recipe.ptrain_ver is None: raise ValueError("ptrain_ver, the pretrained encoder to fine-tune, was not given.")
+        if recipe.ptrain_ver is None:
+            raise ValueError("ptrain_ver, the pretrained encoder to fine-tune, was not given.")
         return recipe.ptrain_ver
     if recipe.init_from == 'teacher':
         if folder is None: raise ValueError("init_from='teacher' needs a teacher.")
         return None
     name = recipe.ptrain_ver or (own_model(pretrained_of(folder), folder, allow_hub) if folder else None)
-    if name is None: raise ValueError(f"Which encoder is the student cut from? {f'{folder} has no recipe.json that says it. ' if folder else ''}Name it with ptrain_ver, or take init_from='teacher'.")
-    return name
+    if name is not None: return name
+    silent = f'{folder} has no recipe.json that says it. ' if folder else ''
+    raise ValueError(f"Which encoder is the student cut from? {silent}Name it with ptrain_ver, "
+                     "or take init_from='teacher'.")
 
 # %% ../nbs/08_recipes.ipynb #fcf09f77
 def training_bytes(
@@ -348,7 +359,8 @@ def training_bytes(
 ) -> int:           # of weights, gradients and AdamW's two moments in fp32
     "The least memory that a student's training takes"
     H, F = recipe.d_model or config.hidden_size, recipe.d_ff or config.intermediate_size
-    rows = config.vocab_size + config.max_position_embeddings + (recipe.type_vocab_size or config.type_vocab_size)
+    types = recipe.type_vocab_size or config.type_vocab_size
+    rows = config.vocab_size + config.max_position_embeddings + types
     layer = 4*H*(H + 1) + 2*H*F + F + 5*H
     M = recipe.num_hidden_layers or config.num_hidden_layers
     return 16*((rows + 2)*H + M*layer + H*(H + 1))
@@ -356,11 +368,14 @@ def training_bytes(
 def _check_room(recipe, config, source):
     "What the encoder and this machine allow, before memory is asked for"
     if recipe.max_seq_len > config.max_position_embeddings:
-        raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {config.max_position_embeddings} is allowed by {source}, which has so many positions.")
+        raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {config.max_position_embeddings} is allowed by "
+                         f"{source}, which has so many positions.")
     needed, there = training_bytes(recipe, config), psutil.virtual_memory().total
-    if needed > there:
-        sizes = ', '.join(f'{n} {v}' for n in ('num_hidden_layers', 'd_model', 'd_ff') if (v := getattr(recipe, n)) is not None)
-        raise ValueError(f"A student with {sizes} needs {needed:,} bytes at least (weights, gradients and two moments), and this machine has {there:,}. Take a smaller one.")
+    if needed <= there: return
+    sizes = {n: getattr(recipe, n) for n in ('num_hidden_layers', 'd_model', 'd_ff')}
+    given = ', '.join(f'{n} {v}' for n, v in sizes.items() if v is not None)
+    raise ValueError(f"A student with {given} needs {needed:,} bytes at least (weights, gradients and two moments), "
+                     f"and this machine has {there:,}. Take a smaller one.")
 
 # %% ../nbs/08_recipes.ipynb #eca6fac7
 def file_hash(
@@ -371,7 +386,7 @@ def file_hash(
 
 def weights_hash(
     folder: str | Path, # of a model
-) -> str:               # sha256 of its model.safetensors; of the hashes of its parts, where it comes in several
+) -> str:               # sha256 of its model.safetensors; of its parts' hashes, where it comes in several
     "What tells one model from another"
     files = sorted(Path(folder).glob('model*.safetensors'))
     whole = [f for f in files if f.name == 'model.safetensors'] or files
@@ -385,13 +400,15 @@ def rows_hash(
     columns = [c for c in rows.column_names if c != 'idx']
     names = getattr(rows.features.get('label'), 'names', None)
     found = hashlib.sha256(json.dumps([columns, names]).encode())
-    for some in rows.select_columns(columns).iter(10_000): found.update(json.dumps([some[c] for c in columns]).encode())
+    for some in rows.select_columns(columns).iter(10_000):
+        found.update(json.dumps([some[c] for c in columns]).encode())
     return found.hexdigest()
 
 # %% ../nbs/08_recipes.ipynb #88847ae8
 def _source(folder, name, root):
-    "A model as recipe.json tells of it: by its way from the folder of experiments if it lies there, else by name alone"
-    said, sha256 = str(name) if name is not None and not os.path.isdir(name) else seen_from(folder, root), weights_hash(folder)
+    "A model in recipe.json: the way there from the folder of experiments if it lies below, else its name alone"
+    elsewhere = name is not None and not os.path.isdir(name)
+    said, sha256 = str(name) if elsewhere else seen_from(folder, root), weights_hash(folder)
     remember(sha256, folder)
     return dict(folder=_tail(said) if said.startswith('..') else said.removeprefix('./'), sha256=sha256)
 
@@ -412,8 +429,8 @@ def sources_of(
     name = encoder_of(recipe, folder, allow_hub)
     data = dict(count=len(rows), sha256=rows_hash(rows))
     if recipe.data_dir is not None: remember(data['sha256'], recipe.data_dir)
-    return dict(teacher=folder and _source(folder, recipe.teacher, root), encoder=name and _source(model_folder(name), name, root),
-                rows=data, precision=precision)
+    return dict(teacher=folder and _source(folder, recipe.teacher, root),
+                encoder=name and _source(model_folder(name), name, root), rows=data, precision=precision)
 
 # %% ../nbs/08_recipes.ipynb #73e4baca
 def describe(
@@ -424,28 +441,39 @@ def describe(
 ) -> dict:                   # becomes recipe.json
     "What a run folder says of itself; without an absolute path, so that it can be moved and given away"
     said = recipe.to_dict()
-    return dict(recipe=said | {n: seen_from(said[n], root) for n in PLACES}, mapping=mapping_to_dict(distiller.mapping)) | sources
+    said |= {n: seen_from(said[n], root) for n in PLACES}
+    return dict(recipe=said, mapping=mapping_to_dict(distiller.mapping)) | sources
 
 # %% ../nbs/08_recipes.ipynb #37675079
+def _teacher_places(folder, said, sha256):
+    "Where the teacher of a run may lie, the likeliest first"
+    root, told = Path(folder).parent, said['teacher'].get('folder')
+    names = [told] if isinstance(told, str) else []
+    yield from (root/place for n in names for place in (_tail(n), n))
+    if sha256 is None: return # other places are for what can be told from others
+    typed = (said.get('recipe') or {}).get('teacher')
+    names += [found_from(typed, root)] if isinstance(typed, str) else []
+    yield from filter(None, [*map(local_model, names), remembered(sha256)])
+
 def teacher_of(
     folder: str | Path, # a run folder
     said: dict,         # its recipe.json
 ) -> Path:
-    "The teacher of a run, by name and hash: beside the run if it is there, else where the recipe says. No hub is asked"
-    root, told = Path(folder).parent, said.get('teacher')
-    name, sha256 = (told.get('folder'), told.get('sha256')) if isinstance(told, dict) else (None, None)
-    names = [name] if isinstance(name, str) else []
-    places = [root/place for n in names for place in (_tail(n), n)]
-    if sha256 is not None: # what can be told from others is looked for in more places
-        typed = (said.get('recipe') or {}).get('teacher')
-        places += [p for n in (*names, *([typed] if isinstance(typed, str) else [])) if (p := local_model(found_from(n, root)))]
-        places += [p] if (p := remembered(sha256)) else []
-    found = {str(p): None if sha256 is None else weights_hash(p) for p in dict.fromkeys(places) if (p/'model.safetensors').is_file()}
-    for place, theirs in found.items():
-        if theirs == sha256: return Path(place)
-    if not found: raise FileNotFoundError(shown(f"{folder} learned from the teacher {str(name)!r}, and there is no such folder here. Put it beside the run, as {root/_tail(str(name))}."))
+    "The teacher of a run by name and hash: beside the run first, else where its recipe says. No hub is asked"
+    told = said.get('teacher') if isinstance(said.get('teacher'), dict) else {}
+    name, sha256, found = told.get('folder'), told.get('sha256'), {}
+    for place in _teacher_places(folder, said | dict(teacher=told), sha256):
+        if place in found or not (place/'model.safetensors').is_file(): continue
+        found[place] = None if sha256 is None else weights_hash(place)
+        if found[place] == sha256: return place
+    if not found:
+        raise FileNotFoundError(shown(
+            f"{folder} learned from the teacher {str(name)!r}, and there is no such folder here. "
+            f"Put it beside the run, as {Path(folder).parent/_tail(str(name))}."))
     place, theirs = next(iter(found.items()))
-    raise ValueError(shown(f"The teacher {place} is not the one that {folder} learned from: sha256 {theirs[:12]}.., {str(sha256)[:12]}.. was expected. Put that one beside the run."))
+    raise ValueError(shown(
+        f"The teacher {place} is not the one that {folder} learned from: sha256 {theirs[:12]}.., "
+        f"{str(sha256)[:12]}.. was expected. Put that one beside the run."))
 
 # %% ../nbs/08_recipes.ipynb #7dcb6b31
 def plan(
@@ -463,7 +491,9 @@ def plan(
     teacher, T = (None, None) if not recipe.distils else _plan_teacher(recipe, root, missing)
     if teacher is not None and pretrained is None and teacher['there']:
         pretrained = pretrained_of(teacher['folder'])
-        if pretrained is not None and local_model(pretrained) is None: missing.append(f"encoder: {pretrained}, which the teacher's recipe.json names; the hub is asked for it with --allow_hub, or --ptrain_ver {pretrained}")
+        if pretrained is not None and local_model(pretrained) is None:
+            missing.append(f"encoder: {pretrained}, which the teacher's recipe.json names; the hub is asked for it "
+                           f"with --allow_hub, or --ptrain_ver {pretrained}")
     mapping = mapping_of(recipe, T) if recipe.distils else None
     explicit = mapping is not None and _explicit(recipe)
     student = dict(num_hidden_layers=recipe.num_hidden_layers, cut_from='teacher' if recipe.init_from == 'teacher' else pretrained, copy_embeddings=recipe.copy_embeddings, dropout=recipe.dropout,
@@ -510,8 +540,9 @@ def rerun(
     folder = Path(folder)
     said = run_description(folder)
     recipe = recipe_from_dict(said)
-    changes = dict(experiment=experiment or f'{recipe.experiment}_rerun', precision=said.get('precision') or recipe.precision)
-    if recipe.ptrain_ver is not None: changes |= dict(ptrain_ver=own_model(recipe.ptrain_ver, folder, allow_hub))
+    changes = dict(experiment=experiment or f'{recipe.experiment}_rerun',
+                   precision=said.get('precision') or recipe.precision,
+                   ptrain_ver=own_model(recipe.ptrain_ver, folder, allow_hub))
     if recipe.distils: changes |= _teacher_again(recipe, folder, said, allow_hub)
     return run(recipe.replace(**changes), folder.parent, resume, progress, like=folder, allow_hub=allow_hub)
 
@@ -521,7 +552,8 @@ def _teacher_again(recipe, folder, said, allow_hub):
     except FileNotFoundError:
         if allow_hub and recipe.teacher is not None: return {} # compared when it is here
         raise
-    return {} if recipe.teacher is None and teacher.is_relative_to(folder.parent) else dict(teacher=str(teacher))
+    beside = recipe.teacher is None and teacher.is_relative_to(folder.parent)
+    return {} if beside else dict(teacher=str(teacher))
 
 def run_description(
     folder: str | Path, # a run folder

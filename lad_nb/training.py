@@ -652,7 +652,8 @@ def _save_final(trainer, folder):
     aside.rmdir()
 
 # %% ../nbs/06_training.ipynb #4cf283b6
-PLACES = dict(teacher='teacher', ptrain_ver='encoder', data_dir='rows') # what a recipe says by the name of a folder: the source that has its hash
+# what a recipe says by the name of a folder, and the source in recipe.json that has its hash
+PLACES = dict(teacher='teacher', ptrain_ver='encoder', data_dir='rows')
 
 def found_from(
     name: str | Path,   # of a folder, from the folder of experiments; or as it was given; or a hub id
@@ -683,7 +684,7 @@ def remember(
     folder: str | Path,  # where it lies on this machine
 ):
     "Note in the user's cache, which nobody is given, where a source of a run lies"
-    with contextlib.suppress(OSError): # a convenience: a run that is copied alone still finds what it learned from
+    with contextlib.suppress(OSError): # a convenience, nothing depends on it
         _note(sha256).parent.mkdir(parents=True, exist_ok=True)
         write_text(_note(sha256), os.path.abspath(folder))
 
@@ -721,30 +722,38 @@ def check_sources(
     for source, what in dict(teacher='learned from', encoder='was cut from').items():
         was, found = _named(said.get(source)), now.get(source)
         if was and found and was.get('sha256') != found['sha256']:
-            raise ValueError(f"The {source} {found['folder']} is not the one that {who} {what}: sha256 {found['sha256'][:12]}.., "
-                             f"{str(was.get('sha256'))[:12]}.. was expected. Put that one there, or train a new experiment.")
+            raise ValueError(f"The {source} {found['folder']} is not the one that {who} {what}: "
+                             f"sha256 {found['sha256'][:12]}.., {str(was.get('sha256'))[:12]}.. was expected. "
+                             "Put that one there, or train a new experiment.")
     was, found = _named(said.get('rows')), now.get('rows')
     if was and found and was.get('sha256') != found['sha256']:
-        raise ValueError(f"The training rows are not those of {who}: {found['count']} rows, sha256 {found['sha256'][:12]}..; {was.get('count')} rows, "
-                         f"sha256 {str(was.get('sha256'))[:12]}.. were expected. Name the folder of its rows (data_dir), or train a new experiment.")
+        raise ValueError(f"The training rows are not those of {who}: {found['count']} rows, "
+                         f"sha256 {found['sha256'][:12]}..; {was.get('count')} rows, "
+                         f"sha256 {str(was.get('sha256'))[:12]}.. were expected. "
+                         "Name the folder of its rows (data_dir), or train a new experiment.")
     if said.get('precision') and now.get('precision') and said['precision'] != now['precision']:
-        raise ValueError(f"precision is {now['precision']!r}, {who} began in {said['precision']!r}. Take the same, or train a new experiment.")
+        raise ValueError(f"precision is {now['precision']!r}, {who} began in {said['precision']!r}. "
+                         "Take the same, or train a new experiment.")
 
 # %% ../nbs/06_training.ipynb #ffe522df
 def check_same(
     folder: str | Path, # a run folder
     description: dict,  # what is to be trained there now
 ):
-    "`ValueError` when a run would go on with another recipe, teacher, rows or precision than it began with; where it runs may change"
+    "`ValueError` when a run would go on with another recipe, teacher, rows or precision; where it runs may change"
     path = Path(folder)/'recipe.json'
     said = read_json(path) if path.is_file() else {}
     check_sources(said, description, folder)
     began, now = (d.get('recipe') or {} for d in (said, description))
-    told = {field for source, names in _told_by.items() if said.get(source) and description.get(source) for field in names}
+    both = [source for source in _told_by if said.get(source) and description.get(source)]
+    told = {field for source in both for field in _told_by[source]}
     value = lambda recipe, k: found_from(recipe[k], Path(folder).parent) if k in PLACES else recipe[k]
     differ = [f"{k} is {value(now, k)!r}, it began with {value(began, k)!r}" for k in began.keys() & now.keys() - told
               if value(began, k) != value(now, k) and not k.endswith(('device_id', 'teacher_cache'))]
-    if differ: raise ValueError(f"{folder} cannot go on with another recipe: {'; '.join(sorted(differ))}. Resume with the same settings, or choose another experiment name.")
+    if not differ: return
+    raise ValueError(f"{folder} cannot go on with another recipe: {'; '.join(sorted(differ))}. "
+                     "Resume with the same settings, or choose another experiment name.")
 
 _told_by = dict( # what a hash tells better than a name
-    teacher=('teacher', 'teacher_exp', 'tmodel', 'tckpt'), encoder=('ptrain_ver',), rows=('data_dir',), precision=('precision',))
+    teacher=('teacher', 'teacher_exp', 'tmodel', 'tckpt'), encoder=('ptrain_ver',), rows=('data_dir',),
+    precision=('precision',))
