@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['shapes', 'MODES', 'MIDDLE', 'GRID', 'Shape', 'plain_loop', 'floor_loop', 'gradient_gap', 'update_flops',
-           'matmul_flops', 'benchmark', 'benchmark_table', 'scaling']
+           'matmul_flops', 'scratch', 'benchmark', 'benchmark_table', 'scaling']
 
 # %% ../nbs/15_benchmark.ipynb #9a4ff125
-import json, os, statistics, tempfile, threading, time, warnings
-from contextlib import ExitStack
+import json, os, signal, statistics, tempfile, threading, time, warnings
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from .losses import hard_loss, hidden_loss, soft_loss
 from .recipes import FAITHFUL, FAST, Recipe, build, make_trainer
 from .students import load_classifier, make_classifier, quiet, random_bert
 from .training import pick_device, pick_precision, versions
+from .values import COUNT, LENGTH, check_value
 
 # %% ../nbs/15_benchmark.ipynb #a8bb9132
 @dataclass(frozen=True)
@@ -212,6 +213,17 @@ def matmul_flops(
 def _sync(device): return partial(torch.cuda.synchronize, device) if device.startswith('cuda') else lambda: None
 
 # %% ../nbs/15_benchmark.ipynb #2801d408
+@contextmanager
+def scratch():
+    "A temporary folder that is gone afterwards, however impatiently Ctrl-C is pressed"
+    held = tempfile.TemporaryDirectory(prefix='lad-nb-', ignore_cleanup_errors=True)
+    ours = threading.current_thread() is threading.main_thread() # no other may set handlers
+    try: yield held.name
+    finally:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ours else None
+        held.cleanup()
+        if ours: signal.signal(signal.SIGINT, before or signal.default_int_handler)
+
 MODES = ('plain', 'exact', 'fast', 'fast_cached', 'floor')
 
 def benchmark(
@@ -228,8 +240,9 @@ def benchmark(
 ) -> dict:                 # JSON-able
     "Time every mode in this process"
     if shape not in shapes: raise ValueError(f"There is no shape {shape!r}. Shapes are: {', '.join(shapes)}.")
-    for name, value in dict(rounds=rounds, updates=updates).items():
-        if value < 1: raise ValueError(f"{name} is {value}; a whole number from 1 up was expected.")
+    for name, value in dict(rounds=rounds, updates=updates, rows=rows, batch_size=batch_size).items():
+        check_value(name, value, int, COUNT, optional=name == 'batch_size')
+    check_value('max_seq_len', max_seq_len, int, LENGTH)
     modes = tuple(dict.fromkeys(('plain', *modes)))
     if unknown := set(modes) - set(MODES): raise ValueError(f"There is no mode {', '.join(sorted(unknown))}. Modes are: {', '.join(MODES)}.")
     name, device = task or ('rte' if find_data('rte') else 'toy'), pick_device(device_id)
@@ -239,7 +252,7 @@ def benchmark(
     rows = min(rows, len(full))//sizes.batch_size*sizes.batch_size
     if rows < 2*sizes.batch_size: raise ValueError(f"rows is {rows}; at least two batches of {sizes.batch_size} are needed.")
     sync, per_round = _sync(device), {m: rows//sizes.batch_size if m.startswith('fast') else updates for m in modes}
-    with tempfile.TemporaryDirectory() as root:
+    with scratch() as root:
         folder = _models(sizes, shape, get_task(name), Path(root)/'models')
         recipe = Recipe('benchmark', task=name, method='lad', num_hidden_layers=sizes.M, teacher=str(folder), ptrain_ver=str(folder), train_size=rows, max_seq_len=max_seq_len, batch_size=sizes.batch_size,
                         device_id=-1 if device == 'cpu' else device_id)
@@ -331,7 +344,7 @@ def scaling(
     device = pick_device(device_id)
     points = [middle] + [middle | {size: v} | (dict(gates=v - 1) if size == 'T' else {}) for size, values in grid.items() for v in values]
     methods, seconds = [_method(p['T'], p['M'], p['gates']) for p in points], [[] for _ in points]
-    with tempfile.TemporaryDirectory() as root:
+    with scratch() as root:
         for r in range(rounds):
             for point, method, found in zip(points, methods, seconds):
                 folder = Path(root)/f"T{point['T']}H{point['H']}"

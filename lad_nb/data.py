@@ -26,6 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from .durable import check_damage, check_links, file_hash, read_json, write_aside, write_text
+from .values import shown
 
 # %% ../nbs/00_data.ipynb #0c820b8b
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _rows(path, task, labelled, bad_rows):
         fields = text.split('\t')
         if len(fields) != len(header):
             if bad_rows == 'skip': skipped.append(n); continue
-            raise ValueError(f"{path}, line {n}: {len(fields)} fields; {len(header)} were expected: {', '.join(header)}. "
+            raise ValueError(f"{path}, line {n}: {len(fields)} fields; {len(header)} were expected: {shown(', '.join(header))}. "
                              "Mend the line, or leave such lines out with bad_rows='skip' (--bad_rows skip on the command line).")
         row = dict(zip(header, fields))
         out = {f'sentence{i + 1}': row[c] for i, c in enumerate(wanted[:len(task.columns)])}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from .data import check_vocabulary, collator, encode, get_task, load_task, load_tokenizer, splits
 from .students import load_classifier
 from .durable import read_json, write_text
-from .training import DistilArguments, checkpoints, find_checkpoint, keep_random_state, pick_device
+from .training import DistilArguments, checkpoints, find_checkpoint, found_places, keep_random_state, pick_device
 
 # %% ../nbs/07_evaluation.ipynb #67a972cb
 def predict(
@@ -102,7 +102,7 @@ def run_setting(
 ):
     "One setting from a run's recipe.json"
     path = Path(folder)/'recipe.json'
-    return (read_json(path).get('recipe') or {}).get(name, default) if path.is_file() else default
+    return found_places(read_json(path), Path(folder).parent).get(name, default) if path.is_file() else default
 
 def score_checkpoints(
     folder: str,        # a run folder

@@ -299,7 +299,9 @@ class _Told(TrainerCallback):
 def _work(trainer, hold, reader, resume):
     "The worker: a training as it is, from start to end"
     error = None
-    try: train(trainer, getattr(trainer, 'description', None), resume)
+    try:
+        train(trainer, getattr(trainer, 'description', None), resume)
+        if hold.total is None: hold.done = trainer.args.max_steps # it was done before: no update was taken
     except _Leave:
         try: _save_here(trainer, hold)
         except BaseException as e: error = e
@@ -344,7 +346,7 @@ class Stepper:
         folder = Path(run.args.output_dir) if isinstance(run, DistilTrainer) else experiment_folder(run.experiment, run.task, run.model, root)
         if (other := _held.get(folder.resolve())) is not None and not other.over: raise ValueError(f"{folder} is held by another Stepper, after {other.done} updates. Go on with that one, or stop() it first.")
         check_new(folder, resume)
-        self.folder, self.trainer = folder, run if isinstance(run, DistilTrainer) else make_trainer(run, root, progress=False)
+        self.folder, self.trainer = folder, run if isinstance(run, DistilTrainer) else make_trainer(run, root, progress=False, like=folder if resume else None)
         if self.trainer.args.world_size > 1: raise ValueError(f"A Stepper holds one process, and this training has {self.trainer.args.world_size}. Take LiveView, or read the run folder.")
         self._hold = hold = _Hold()
         self.interrupted, self._reader = False, Reader(pace=(pace := Pace(.02)))

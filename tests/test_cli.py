@@ -43,7 +43,7 @@ REFUSED = [  # what is typed after LAD's usual flags (the last of a flag wins), 
     ('--data_dir nowhere', 'no folder nowhere'),
     ('--batch_size 30 --accum_step 4', 'batch_size 30 is not divisible by accum_step 4'),
     ('--batch_size 4096', 'only 3000 training rows'),
-    ('--softmax_temp 0', 'softmax_temp is 0.0; a temperature above 0'),
+    ('--softmax_temp 0', 'softmax_temp is 0.0; a number from 0.001 up to 10,000 was expected'),
     ('--soft_weight -1', 'soft_weight is -1.0; a number from 0 up'),
     ('--soft_weight 0 --hard_weight 0', 'both 0'),
     ('--mu nan', 'mu is nan'),
@@ -65,7 +65,7 @@ REFUSED = [  # what is typed after LAD's usual flags (the last of a flag wins), 
     ('--num_class 3', 'the task toy has 2'),
     ('--gate_learning_rate 1', 'Did you mean --gate_weight_decay?'),
     ('--softmax_tmp 5', 'Did you mean --softmax_temp?'),
-    ('--num_hidden_layers three', 'invalid int value'),
+    ('--num_hidden_layers three', "'three' is not a whole number"),
 ]
 
 

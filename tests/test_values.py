@@ -1,0 +1,224 @@
+"""Settings of a wrong type or size are refused in words when they are given, before anything is built; what is meant is taken."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT
+
+from lad_nb.benchmark import benchmark
+from lad_nb.cli import main, parse, recipe_of
+from lad_nb.data import read_tsv
+from lad_nb.recipes import Recipe, open_run, recipe_from_dict, rerun, run, training_bytes
+from lad_nb.students import load_encoder, make_student
+from lad_nb.training import find_checkpoint
+from lad_nb.values import Range, shown
+from lad_nb.widgets import Panel, Stepper
+
+pytestmark = pytest.mark.faults
+
+TYPES = [(dict(length_groups='no'), 'True or False'), (dict(copy_embeddings='false'), 'True or False'),
+         (dict(reverse_gate='yes'), 'True or False'), (dict(mask_padding=0), 'True or False'),
+         (dict(batch_size=True), 'a whole number from 1'), (dict(batch_size=32.), 'a whole number from 1'),
+         (dict(seed='42'), 'a whole number from 0'), (dict(tckpt='2'), 'a whole number from 1'),
+         (dict(lr='3e-4'), 'a number above 0'), (dict(mu=True), 'a number from 0'), (dict(lr=None), 'a number above 0'),
+         (dict(experiment=5), 'text'), (dict(teacher=['a']), 'text'), (dict(gate_indices='246'), 'a list of whole numbers'),
+         (dict(gate_indices=(2, 4.)), 'a list of whole numbers'), (dict(student_init={1: 'two'}), 'a whole number from 1'),
+         (dict(student_init=3), "'even', 'first', "), (dict(bad_rows='drop'), "'raise' or 'skip'"),
+         (dict(precision='fp16'), "'fp32', 'bf16' or 'auto'"), (dict(init_from='gate'), "'pretrained' or 'teacher'")]
+
+
+def contents(root): return sorted(str(p) for p in root.rglob('*'))
+
+
+@pytest.mark.parametrize('change, says', TYPES, ids=[str(c) for c, _ in TYPES])
+def test_a_wrong_type_is_refused(quick, tmp_path, change, says):
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f'{name} is .*{says}.* was expected'):
+        run(quick.replace(**change), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=f'{name} is .*{says}'): recipe_from_dict(quick.to_dict() | change)
+    assert not contents(tmp_path)
+
+
+def test_what_is_meant_is_taken(quick, tiny):
+    """Numbers of numpy, arrays and paths become Python's own."""
+    recipe = quick.replace(seed=np.int64(7), lr=np.float32(.5), mask_padding=np.bool_(False), teacher=Path(tiny),
+                           ptrain_ver=Path(tiny), gate_indices=np.array([2, 4]), student_indices=[1, 2], data_dir=Path('x'))
+    assert (recipe.seed, recipe.lr, recipe.mask_padding, recipe.gate_indices) == (7, .5, False, (2, 4))
+    assert (type(recipe.seed), type(recipe.lr), type(recipe.mask_padding)) == (int, float, bool)
+    assert (recipe.teacher, recipe.ptrain_ver, recipe.data_dir) == (str(tiny), str(tiny), 'x')
+    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+NUMBERS = [f for f in fields(Recipe) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize('field', NUMBERS, ids=lambda f: f.name)
+def test_every_number_has_bounds(field):
+    """A field that comes later has them, too: its metadata says what is allowed, and the message repeats it."""
+    allowed = field.metadata['allowed']
+    assert isinstance(allowed, Range) and (field.default is None or field.default in allowed)
+    step = 1 if field.type is int else 1e-6
+    for value in (allowed.low - step, allowed.high*(1 + step) + step, 10**20, 10**5000, -10**20, float('nan'), float('inf')):
+        if field.type is int and isinstance(value, float) and value.is_integer(): value = int(value)
+        with pytest.raises(ValueError, match=f'{field.name} is .*number {allowed.__str__()[:4]}'): Recipe(**{field.name: value})
+    inside = field.type(allowed.high if not allowed.below else allowed.low)
+    assert getattr(Recipe(**{field.name: inside}), field.name) == inside
+
+
+SIZES = [(dict(max_seq_len=-1), 'max_seq_len is -1; a whole number from 4'),
+         (dict(max_seq_len=65), 'max_seq_len is 65; 4 to 64 is allowed by .* so many positions'),
+         (dict(d_ff=10**9), 'd_ff is 1000000000; a whole number from 1'),
+         (dict(d_ff=99999999999999999999), 'd_ff is 99999999999999999999; a whole number'),
+         (dict(softmax_temp=1e300), 'softmax_temp is 1e.300; a number from'),
+         (dict(softmax_temp=1e-300), 'softmax_temp is 1e-300; a number from'),
+         (dict(num_hidden_layers=10**9), 'num_hidden_layers is 1000000000; a whole number from 1'),
+         (dict(method='undistilled', num_hidden_layers=1000, d_ff=10**6, d_model=10**6),
+          f'needs [0-9,]{{15,}} bytes at least .* this machine has {psutil.virtual_memory().total:,}')]
+
+
+@pytest.mark.parametrize('change, says', SIZES, ids=[str(c) for c, _ in SIZES])
+def test_sizes_that_cannot_work(quick, tmp_path, change, says):
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ValueError, match=says): run(quick.replace(**change), tmp_path, progress=False)
+    assert not contents(tmp_path) and psutil.Process().memory_info().rss < before + 2**28
+
+
+def test_the_bytes_that_are_named_are_those_of_the_student(tiny, quick):
+    encoder = load_encoder(tiny)
+    for sizes in (dict(), dict(d_model=24, d_ff=50, type_vocab_size=3)):
+        with pytest.warns(UserWarning) if sizes else pytest.MonkeyPatch.context():
+            student = make_student(encoder, 2, 'toy', d_model=sizes.get('d_model'), d_ff=sizes.get('d_ff'),
+                                   type_vocab_size=sizes.get('type_vocab_size'))
+        parameters = sum(p.numel() for n, p in student.named_parameters() if not n.startswith('classifier'))
+        assert training_bytes(quick.replace(**sizes), encoder.config) == 16*parameters
+
+
+def test_pairs_of_layers(quick, tmp_path):
+    """What our own messages recommend trains, is written down, read back with its numbers, run again and resumed."""
+    recipe = quick.replace(experiment='pairs', student_init={1: 1, 2: 3})
+    folder = run(recipe, tmp_path, progress=False)
+    assert json.loads((folder/'recipe.json').read_text())['recipe']['student_init'] == {'1': 1, '2': 3}
+    assert open_run(folder)[2].student_init == {1: 1, 2: 3}
+    again = rerun(folder, progress=False)
+    assert (again/'model.safetensors').read_bytes() == (folder/'model.safetensors').read_bytes()
+    assert run(recipe, tmp_path, resume=True, progress=False) == folder
+    other = run(quick.replace(experiment='even', student_init='even'), tmp_path, progress=False)
+    assert (other/'model.safetensors').read_bytes() != (folder/'model.safetensors').read_bytes()
+    with pytest.raises(ValueError, match='cannot go on with another recipe: student_init'):
+        run(recipe.replace(student_init={1: 1, 2: 4}), tmp_path, resume=True, progress=False)
+    typed = recipe_of(*parse('run_lad_distil --experiment x --task toy --student_init 1:1,2:3'.split()))
+    assert typed.student_init == {1: 1, 2: 3}
+
+
+def test_a_step_that_is_text(quick, tmp_path):
+    folder = run(quick, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="step of a checkpoint is '2'; a whole number"): find_checkpoint(folder, '2')
+    with pytest.raises(ValueError, match="step of a checkpoint is '2'; a whole number"): open_run(folder, '2')
+    assert find_checkpoint(folder, np.int64(2)).name == 'checkpoint-2'
+
+
+TYPED = [('--lr ٣', "'٣' is not a number"), ('--lr 1_0', "'1_0' is not a number"), ('--batch_size ٣', "'٣' is not a whole number"),
+         ('--batch_size 1_6', "'1_6' is not a whole number"), ('--seed 1.0', "'1.0' is not a whole number"),
+         ('--lr ' + '9'*400, 'lr is inf'), ('--batch_size ' + '9'*400, 'is not a whole number'),
+         ('--fast --faithful', '--fast and --faithful contradict'), ('--student_init 1:x', "'even', 'first', pairs")]
+
+
+@pytest.mark.parametrize('flags, says', TYPED, ids=[f[:20] for f, _ in TYPED])
+def test_flags_as_they_are_typed(tmp_path, capsys, flags, says):
+    code = main(f'run_lad_distil --experiment x --task toy --root {tmp_path} {flags}'.split())
+    err = capsys.readouterr().err
+    assert code == 2 and says in err and len(err.strip().splitlines()) == 1 and not contents(tmp_path)
+
+
+@pytest.mark.parametrize('line', ['benchmark --batch_size 0', 'benchmark --rows -3', 'benchmark --max_seq_len -1', 'benchmark --rounds 0',
+                                  'run_fine_tune_eval --experiment x --task toy --batch_size 0'])
+def test_sizes_of_other_commands(capsys, line):
+    code, err = main(line.split()), capsys.readouterr().err
+    assert code == 2 and 'a whole number from' in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_benchmark_refuses_for_itself():
+    with pytest.raises(ValueError, match='batch_size is 0; a whole number from 1'): benchmark(batch_size=0)
+
+
+EVIL = 'in\x1b[2Jvisible\x9b31m\u202e'
+
+
+def test_what_is_echoed_is_harmless(tmp_path, capsys, quick):
+    """A header, a folder's name, an experiment beside: no control character reaches the terminal."""
+    (tmp_path/EVIL).mkdir()
+    (tmp_path/EVIL/'train.tsv').write_text(f'sentence1\tsentence2\tlabel\t{EVIL}\na\tb\n')
+    with pytest.raises(ValueError) as e: read_tsv(tmp_path/EVIL/'train.tsv', 'rte')
+    assert shown(EVIL) in str(e.value)
+    (tmp_path/f'x{EVIL}_bert_toy').mkdir()
+    (tmp_path/f'x{EVIL}_bert_toy'/'recipe.json').write_text('{}')
+    lines = [f'run_fine_tune --experiment x --task rte --ptrain_ver all-minilm-l6-v2 --root {tmp_path} --data_dir {tmp_path/EVIL}',
+             f'run_fine_tune_eval --experiment y --task toy --root {tmp_path}', f'rerun {tmp_path/EVIL}']
+    for line in lines:
+        code, (out, err) = main(line.split(' ')), capsys.readouterr()
+        assert code == 2 and shown(EVIL) in err and len(err.splitlines()) == 1, err
+        assert all(c.isprintable() or c == '\n' for c in out + err)
+    home = tmp_path/f'home{EVIL}'
+    folder = run(quick, home, progress=False)
+    assert main(['rerun', str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert shown(EVIL) in out and all(c.isprintable() or c == '\n' for c in out)
+
+
+def test_a_stepper_on_a_finished_run(quick, tmp_path):
+    run(quick, tmp_path, progress=False)
+    stepper = Stepper(quick, tmp_path, resume=True)
+    assert (stepper.state, stepper.done, stepper.total) == ('done', 6, 6) and stepper.record is None
+    with pytest.raises(RuntimeError, match='This run is done after 6 of 6 updates'): stepper.step()
+    assert Panel(stepper) is not None and stepper.stop() == stepper.folder
+
+
+def start(words, **env):
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+
+
+def wait_for(what, process, seconds=60):
+    end = time.time() + seconds
+    while not what():
+        assert time.time() < end and process.poll() is None, process.communicate()
+        time.sleep(.005)
+
+
+@pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='looks into /proc for what is imported')
+@pytest.mark.parametrize('library', ['libtorch', 'pyarrow'])
+def test_interrupted_while_it_starts(library, tmp_path):
+    """Ctrl-C in the seconds of importing: one line, the shell's exit code, no traceback."""
+    process = start(['-m', 'lad_nb', 'run_lad_distil', '--experiment', 'x', '--task', 'toy', '--root', str(tmp_path)])
+    wait_for(lambda: library in Path(f'/proc/{process.pid}/maps').read_text(), process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.strip()) == (130, '', 'lad-nb: interrupted')
+
+
+def test_the_console_command_starts_lightly():
+    """What pip installs is the door that is open before the imports."""
+    said = dict(line.split(' = ', 1) for line in (ROOT/'settings.ini').read_text().splitlines() if ' = ' in line)
+    assert said['console_scripts'] == 'lad-nb=lad_nb.__main__:main'
+    code = 'import sys, lad_nb.__main__; print(sorted({"torch", "transformers", "pandas"} & set(sys.modules)))'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == '[]'
+
+
+def test_a_benchmark_that_is_interrupted_twice(tmp_path):
+    """It leaves no folder behind, and does not advise what it cannot do."""
+    process = start([str(ROOT/'tests'/'small_benchmark.py')], TMPDIR=str(tmp_path))
+    wait_for(lambda: [p for p in tmp_path.rglob('*.safetensors')], process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and err.strip().splitlines()[-1] == 'lad-nb: interrupted', err
+    assert not [p for p in tmp_path.rglob('*') if p.is_file()], contents(tmp_path)
