@@ -212,7 +212,7 @@ def matmul_flops(
 
 def _sync(device): return partial(torch.cuda.synchronize, device) if device.startswith('cuda') else lambda: None
 
-# %% ../nbs/15_benchmark.ipynb #2801d408
+# %% ../nbs/15_benchmark.ipynb #2c03bebb
 @contextmanager
 def scratch():
     "A temporary folder that is gone afterwards, however impatiently Ctrl-C is pressed"
@@ -224,6 +224,7 @@ def scratch():
         held.cleanup()
         if ours: signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
+# %% ../nbs/15_benchmark.ipynb #2801d408
 MODES = ('plain', 'exact', 'fast', 'fast_cached', 'floor')
 
 def benchmark(
