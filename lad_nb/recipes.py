@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAITHFUL', 'OURS', 'FAST', 'rte', 'Recipe', 'recipe_from_dict', 'recipe_table', 'mapping_of', 'teacher_folder',
-           'pretrained_of', 'settle', 'build', 'make_trainer', 'run', 'file_hash', 'describe', 'plan', 'rerun',
+           'pretrained_of', 'in_updates', 'build', 'make_trainer', 'run', 'file_hash', 'describe', 'plan', 'rerun',
            'run_description', 'open_run']
 
 # %% ../nbs/08_recipes.ipynb #0ff5698e
@@ -181,17 +181,17 @@ def _explicit(recipe):
     "User-defined and partial mappings: each named student layer starts from the layer with its source's index"
     return recipe.gate_indices is not None or recipe.teacher_indices is not None or recipe.method.replace('-', '_') == 'partial_lad'
 
-def settle(
+def in_updates(
     recipe: Recipe, # may count in epochs
     rows: int,      # of the training split
 ) -> Recipe:        # counts in updates
-    "epoch and warmup_rate as total_step and warmup_step"
+    "epoch and warmup_rate as total_step and warmup_step, rounded and at least 1, as the authors' later release counts"
     if recipe.epoch is not None:
         if not 0 < recipe.epoch < float('inf'): raise ValueError(f"epoch is {recipe.epoch}; a number above 0 was expected.")
-        recipe = recipe.replace(total_step=max(1, round(recipe.epoch*(rows//recipe.batch_size))), epoch=None)
+        recipe = recipe.replace(total_step=max(1, round(rows/recipe.batch_size*recipe.epoch)), epoch=None)
     if recipe.warmup_rate is not None:
         if not 0 <= recipe.warmup_rate <= 1: raise ValueError(f"warmup_rate is {recipe.warmup_rate}; a share from 0 to 1 was expected.")
-        recipe = recipe.replace(warmup_step=int(recipe.warmup_rate*recipe.total_step), warmup_rate=None)
+        recipe = recipe.replace(warmup_step=max(1, round(recipe.warmup_rate*recipe.total_step)), warmup_rate=None)
     return recipe
 
 def _check(recipe):
@@ -255,7 +255,7 @@ def make_trainer(
     _check(recipe)
     folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
     rows = load_task(recipe.task, recipe.dataset, recipe.data_dir, recipe.train_size, recipe.sample_seed, recipe.bad_rows)
-    recipe = settle(recipe, len(rows))
+    recipe = in_updates(recipe, len(rows))
     names = [p for p in inspect.signature(training_arguments).parameters if p not in ('folder', 'progress')]
     args = training_arguments(folder, progress=progress, **{n: getattr(recipe, n) for n in names})
     distiller, tokenizer = build(recipe, root)
@@ -316,7 +316,7 @@ def plan(
     task, missing = get_task(recipe.task), []
     folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
     data, rows = _plan_data(recipe, task, missing)
-    if rows is not None: recipe = settle(recipe, rows)
+    if rows is not None: recipe = in_updates(recipe, rows)
     pretrained = recipe.ptrain_ver
     if recipe.method == 'fine_tune' and pretrained is None: raise ValueError("ptrain_ver, the pretrained encoder to fine-tune, was not given.")
     teacher, T = (None, None) if not recipe.distils else _plan_teacher(recipe, root, missing)

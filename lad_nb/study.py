@@ -24,7 +24,7 @@ from .data import SMALL, encode, get_task, load_task, load_tokenizer
 from .durable import append_line, remove_folder
 from .evaluation import evaluate, predict, score
 from .mappings import mapping_from_dict
-from .recipes import FAST, Recipe, file_hash, recipe_from_dict, run, run_description, settle
+from .recipes import FAST, Recipe, file_hash, in_updates, recipe_from_dict, run, run_description
 from .students import load_classifier, random_bert
 from .training import check_same, checkpoints, experiment_folder, read_log, versions
 
@@ -155,7 +155,7 @@ def _teach(study, tasks, root, results, say):
     for task in tasks:
         recipe, job = study.teachers[task], _teacher_job(study, task)
         folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
-        if (folder/'model.safetensors').exists(): check_same(folder, dict(recipe=settle(recipe, _train_rows(recipe)).to_dict()))
+        if (folder/'model.safetensors').exists(): check_same(folder, dict(recipe=in_updates(recipe, _train_rows(recipe)).to_dict()))
         else:
             say(f'teacher on {task}: {recipe.total_step} updates')
             run(recipe, root, resume=True, progress=False)
