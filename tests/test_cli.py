@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lad_nb import cli
 from lad_nb.data import SMALL, load_tokenizer
-from lad_nb.recipes import recipe_from_dict, rte, run
+from lad_nb.recipes import Recipe, recipe_from_dict, run, run_books
 
 FLAGS = '--task toy --max_seq_len 32 --batch_size 16 --total_step 4 --warmup_step 1 --ckpt_step 2 --log_step 2 --device_id -1'
 LAD = f'run_lad_distil --experiment new --teacher_exp teacher --tckpt 4 --num_hidden_layers 3 {FLAGS}'
@@ -190,5 +190,6 @@ def test_installed_command():
 
 
 def test_recipes_travel():
-    for recipe in rte.values(): assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    for recipe in [r for book in run_books.values() for r in book.values() if isinstance(r, Recipe)]:
+        assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert FEW['task'] == 'toy'
