@@ -265,6 +265,7 @@ methods = dict(
     alp_kd=alp_kd,
     alp_kd_hidden=partial(alp_kd, by='token', on='hidden', name='alp_kd_hidden'),
     alp_kd_hidden_v2=partial(alp_kd, by='cls', on='hidden', name='alp_kd_hidden_v2'),
+    alp_kd_hidden_by_cls=partial(alp_kd, by='cls', on='hidden', name='alp_kd_hidden_by_cls'),
     layer_mean=layer_mean,
     kd=kd,
 )

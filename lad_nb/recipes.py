@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAITHFUL', 'OURS', 'FAST', 'run_books', 'Recipe', 'recipe_from_dict', 'Evaluation', 'faithful', 'recipe_table',
            'mapping_of', 'teacher_folder', 'pretrained_of', 'in_updates', 'build', 'make_trainer', 'run', 'file_hash',
-           'describe', 'plan', 'rerun', 'run_description', 'open_run']
+           'describe', 'plan', 'plan_evaluation', 'rerun', 'run_description', 'open_run']
 
 # %% ../nbs/08_recipes.ipynb #0ff5698e
 import hashlib, inspect, warnings
@@ -19,9 +19,10 @@ from .cache import teacher_cache
 from .data import SMALL, encode, find_data, get_task, load_task, load_tokenizer, model_folder, splits
 from .distiller import Distiller, check_weights
 from .durable import check_links, read_json
+from .evaluation import run_setting, splits_named
 from .mappings import Mapping, make_mapping, mapping_from_dict, mapping_to_dict, methods
 from .students import init_layers, load_classifier, load_encoder, make_classifier, make_student
-from .training import DistilTrainer, check_new, check_settings, experiment_folder, find_checkpoint, load_gates, pick_device, train, training_arguments
+from .training import DistilTrainer, check_new, check_settings, checkpoints, experiment_folder, find_checkpoint, load_gates, pick_device, train, training_arguments
 
 # %% ../nbs/08_recipes.ipynb #1447039e
 def _f(default, help, **kwargs): return field(default=default, metadata=dict(help=help, **kwargs))
@@ -136,7 +137,7 @@ class Evaluation:
     command: str = _f('run_fine_tune_eval', 'run_fine_tune_eval, generate_test_prediction or eval_dev_loss')
     task: str = _f('rte', 'its task')
     experiment: str = _f('lad', 'name of the experiment')
-    dataset: str = _f('dev', 'split')
+    dataset: str = _f('dev', 'split; test for predictions')
     batch_size: int = _f(256, 'examples at a time')
     model: str = _f('bert', 'its kind of model')
     data_dir: str = _f(None, "folder of the task's TSV files; the run's by default")
@@ -166,20 +167,21 @@ def faithful(
 def _teacher(experiment, task, **settings):
     "A teacher of the run books"
     alone = dict(method='fine_tune', ptrain_ver='bert-base-uncased', soft_weight=0., hard_weight=1., mu=0.)
-    return Recipe(experiment, task, padding='max_length', **alone | settings)
+    return Recipe(experiment, task, **faithful('fine_tune') | alone | settings)
 
-def _students(task, teacher_exp, tckpt, **shared):
-    "A maker of one book's students: what they share, and then what each has of its own"
+def _students(task, teacher_exp, tckpt, gate_lr, **shared):
+    "A maker of one book's students: what they share, and what each has of its own"
     shared = dict(task=task, teacher_exp=teacher_exp, tckpt=tckpt, num_hidden_layers=6) | shared
     def student(experiment, method, **own):
-        return Recipe(**faithful(method) | shared | dict(experiment=experiment, method=method) | own)
+        gates = dict(gate_lr=gate_lr) if 'lad' in method else {}
+        return Recipe(**faithful(method) | shared | gates | dict(experiment=experiment, method=method) | own)
     return student
 
 _down, _up, _low5 = (12, 10, 8, 6, 4, 2), (6, 5, 4, 3, 2, 1), (2, 4, 6, 8, 10)
 _all = tuple(reversed(_up))
 
 # %% ../nbs/08_recipes.ipynb #265b2137
-_rte = _students('rte', 'teacher_huggingface', 231, lr=3e-4, gate_lr=3e-5, total_step=1155, warmup_step=346,
+_rte = _students('rte', 'teacher_huggingface', 231, gate_lr=3e-5, lr=3e-4, total_step=1155, warmup_step=346,
                  softmax_temp=5., soft_weight=.7, hard_weight=.3, mu=500., ckpt_step=100, log_step=10)
 _long = dict(total_step=1540, warmup_step=462)
 _later = dict(epoch=10., warmup_rate=.1)
@@ -202,7 +204,7 @@ run_books = dict(rte=dict(
 ))
 
 # %% ../nbs/08_recipes.ipynb #cfdbba19
-_mrpc = _students('mrpc', 'teacher_huggingface', 575, lr=5e-4, gate_lr=5e-6, total_step=2300, warmup_step=690,
+_mrpc = _students('mrpc', 'teacher_huggingface', 575, gate_lr=5e-6, lr=5e-4, total_step=2300, warmup_step=690,
                   softmax_temp=10., soft_weight=.7, hard_weight=.3, mu=500., ckpt_step=100, log_step=10)
 _alp = dict(total_step=1150, warmup_step=115, softmax_temp=20., mu=1000.)
 run_books['mrpc'] = dict(
@@ -220,7 +222,7 @@ run_books['mrpc'] = dict(
 )
 
 # %% ../nbs/08_recipes.ipynb #7b771493
-_sst2 = _students('sst2', 'teacher_huggingface', 6315, lr=1e-4, gate_lr=1e-6, total_step=42100,
+_sst2 = _students('sst2', 'teacher_huggingface', 6315, gate_lr=1e-6, lr=1e-4, total_step=42100,
                   warmup_step=12630, softmax_temp=20., soft_weight=.5, hard_weight=.5, mu=1000., ckpt_step=1000,
                   log_step=100)
 _short = dict(total_step=25260, warmup_step=2526)
@@ -241,7 +243,7 @@ run_books['sst2'] = dict(
 )
 
 # %% ../nbs/08_recipes.ipynb #9675e8fa
-_qnli = _students('qnli', 'teacher_base', 9822, lr=1e-4, gate_lr=1e-6, total_step=13096, warmup_step=1309,
+_qnli = _students('qnli', 'teacher_base', 9822, gate_lr=1e-6, lr=1e-4, total_step=13096, warmup_step=1309,
                   softmax_temp=10., soft_weight=.5, hard_weight=.5, mu=1000., ckpt_step=1000, log_step=100)
 run_books['qnli'] = dict(
     fine_tune=_teacher('teacher_base', 'qnli', lr=3e-5, total_step=9822, warmup_step=3274, accum_step=2,
@@ -265,7 +267,7 @@ run_books['qnli'] = dict(
 )
 
 # %% ../nbs/08_recipes.ipynb #dfaafeb6
-_qqp = _students('qqp', 'teacher_base', 34110, lr=1e-4, gate_lr=5e-7, total_step=56850, warmup_step=5685,
+_qqp = _students('qqp', 'teacher_base', 34110, gate_lr=5e-7, lr=1e-4, total_step=56850, warmup_step=5685,
                  softmax_temp=20., soft_weight=.7, hard_weight=.3, mu=500., ckpt_step=3000, log_step=100)
 _short = dict(total_step=45480, warmup_step=4548)
 run_books['qqp'] = dict(
@@ -285,7 +287,7 @@ run_books['qqp'] = dict(
 )
 
 # %% ../nbs/08_recipes.ipynb #bd8ba227
-_mnli = _students('mnli', 'teacher_base', 36816, lr=1e-4, gate_lr=1e-6, total_step=49088, warmup_step=4908,
+_mnli = _students('mnli', 'teacher_base', 36816, gate_lr=1e-6, lr=1e-4, total_step=49088, warmup_step=4908,
                   softmax_temp=10., soft_weight=.5, hard_weight=.5, mu=500., ckpt_step=2000, log_step=200)
 run_books['mnli'] = dict(
     fine_tune=_teacher('teacher_base', 'mnli', lr=3e-5, total_step=36816, warmup_step=10000, ckpt_step=3000,
@@ -498,14 +500,22 @@ def plan(
                 checkpoints=dict(ckpt_step=recipe.ckpt_step, log_step=recipe.log_step), seed=recipe.seed, sample_seed=recipe.sample_seed,
                 device=dict(device_id=recipe.device_id, tdevice_id=recipe.tdevice_id, gate_device_id=recipe.gate_device_id), missing=missing)
 
+def _data_file(task, data_dir, split, missing):
+    "The folder that a split is in and its file, or None for what is not there"
+    folder = Path(data_dir) if data_dir else find_data(task)
+    file = folder and folder/f'{split}.tsv'
+    if file and file.is_file(): return folder, file
+    nowhere = f'no folder {task.folder} in $LAD_NB_GLUE, data/fine_tune or data/glue'
+    missing.append(f'data: {file}' if file else f'data: {nowhere}; the hub would be asked for nyu-mll/glue')
+    return folder, None
+
 def _plan_data(recipe, task, missing):
     "Where the training rows are, and how many"
     found = dict(task=task.name, split=recipe.dataset, train_size=recipe.train_size, max_seq_len=recipe.max_seq_len, padding=recipe.padding, labels=list(task.id2label.values()))
     if task.name == 'toy' and recipe.data_dir is None: return found | dict(folder=None, rows=(rows := len(load_task('toy', recipe.dataset, size=recipe.train_size)))), rows
-    folder = Path(recipe.data_dir) if recipe.data_dir else find_data(task)
-    file = folder and folder/f'{recipe.dataset}.tsv'
-    rows = len(load_task(task, recipe.dataset, str(folder), recipe.train_size, bad_rows=recipe.bad_rows)) if file and file.is_file() else None
-    if rows is None: missing.append(f'data: {file}' if file else f'data: no folder {task.folder} in $LAD_NB_GLUE, data/fine_tune or data/glue; the hub would be asked for nyu-mll/glue')
+    folder, file = _data_file(task, recipe.data_dir, recipe.dataset, missing)
+    draw = dict(size=recipe.train_size, bad_rows=recipe.bad_rows)
+    rows = len(load_task(task, recipe.dataset, str(folder), **draw)) if file else None
     return found | dict(folder=folder and str(folder), rows=rows), rows
 
 def _plan_teacher(recipe, root, missing):
@@ -516,6 +526,27 @@ def _plan_teacher(recipe, root, missing):
     T = read_json(folder/'config.json')['num_hidden_layers'] if folder else 12
     named = recipe.teacher or str(experiment_folder(recipe.teacher_exp, recipe.task, recipe.tmodel, root))
     return dict(folder=str(folder or named), checkpoint=recipe.tckpt, num_hidden_layers=T, there=folder is not None), T
+
+# %% ../nbs/08_recipes.ipynb #728b54e4
+def plan_evaluation(
+    evaluation: Evaluation,  # what would be asked
+    root: str='experiments', # where experiments live
+) -> dict:                   # JSON-able; `missing` lists what is not there yet
+    "An evaluation, resolved as far as the disk tells"
+    e, missing, task = evaluation, [], get_task(evaluation.task)
+    names = splits_named(task, e.dataset, labelled=e.command != 'generate_test_prediction')
+    folder, found = experiment_folder(e.experiment, e.task, e.model, root), []
+    try:
+        place = find_checkpoint(folder, e.ckpt) # the last one, when none is named
+        found = [place] if e.command == 'generate_test_prediction' else checkpoints(folder).values()
+    except FileNotFoundError as error: missing.append(f'experiment: {error}')
+    teacher = _plan_teacher(e, root, missing)[0]['folder'] if e.teacher or e.teacher_exp else None
+    data_dir = e.data_dir or run_setting(folder, 'data_dir')
+    if task.name != 'toy' or data_dir:
+        for name in names: _data_file(task, data_dir, name, missing)
+    asked = {k: v for k, v in e.to_dict().items() if v is not None}
+    found = dict(splits=list(names), checkpoints=list(map(str, found)), teacher=teacher)
+    return asked | found | dict(missing=missing)
 
 # %% ../nbs/08_recipes.ipynb #7dfe9704
 def rerun(
