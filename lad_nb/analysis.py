@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FUNCTION_WORDS', 'open_with_teacher', 'passes', 'token_classes', 'gate_contributions', 'contributions_by_step',
            'contributions_by_token', 'contributions_by_example', 'gate_openness', 'layer_map', 'CKA', 'layer_cka',
-           'linear_probes', 'teacher_agreement', 'loss_parts', 'interval', 'summarise', 'paired_differences',
-           'seed_differences', 'calibrated']
+           'linear_probes', 'teacher_agreement', 'dev_losses', 'loss_parts', 'interval', 'summarise',
+           'paired_differences', 'seed_differences', 'calibrated']
 
 # %% ../nbs/09_analysis.ipynb #3d3d6b62
 import copy, warnings
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from scipy import stats
@@ -20,13 +21,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 
-from .data import collator, encode, get_task, load_task
-from .distiller import Distiller, DistilOutput, Objective
-from .evaluation import predict, score
+from .data import collator, encode, get_task, load_task, load_tokenizer
+from .distiller import Distiller, DistilOutput, Objective, check_weights
+from .durable import remove_folder, write_text
+from .evaluation import predict, score, splits_named
 from .gates import Aggregates, contributions
+from .losses import hard_loss, soft_loss
 from .mappings import Gate, Layer
-from .recipes import open_run, run_description
+from .recipes import open_run, recipe_from_dict, run_description
 from .students import load_classifier
 from .training import checkpoints, find_checkpoint, load_gates, pick_device, read_log
 
@@ -407,6 +411,82 @@ def _predictions(teacher, student):
 def _regressions(teacher, student):
     t, s = teacher[:, 0], student[:, 0]
     return dict(mse=float(((t - s)**2).mean()), pearson=float(stats.pearsonr(t, s).statistic) if len(t) > 1 and t.std() and s.std() else float('nan'))
+
+# %% ../nbs/09_analysis.ipynb #497cfa0c
+def dev_losses(
+    folder: str,             # a run folder
+    split: str='dev',        # as in `evaluation.splits_named`
+    teacher: str=None,       # folder of a classifier; the run's own teacher by default
+    soft_weight: float=None, # the run's by default; so are the next two
+    hard_weight: float=None,
+    softmax_temp: float=None,
+    data_dir: str=None,      # the run's by default
+    batch_size: int=256,     # rows at a time
+    device_id: int=None,     # as in `training.pick_device`
+    each=lambda row: None,   # called with every row as soon as it is there
+) -> pd.DataFrame: # step, split, rows, hard, soft (NaN without a teacher), loss; also {split}-loss.csv in the folder
+    "Hard and soft loss of every checkpoint: means over the rows of a split"
+    run = _run_with_teacher(folder, teacher)
+    distiller, tokenizer, recipe = run
+    how = _loss_settings(folder, run, soft_weight, hard_weight, softmax_temp)
+    asked = lambda model, data: predict(model, data, tokenizer, batch_size, device_id)
+    data = {name: _rows(run, name, data_dir, None) for name in splits_named(recipe.task, split)}
+    taught = {} if distiller.teacher is None else data
+    said = {name: asked(distiller.teacher, rows) for name, rows in taught.items()}
+    found = []
+    for step, place in checkpoints(folder).items():
+        student = load_classifier(place, recipe.task)
+        for name, rows in data.items():
+            losses = _mean_losses(asked(student, rows), said.get(name), rows['labels'], **how)
+            found.append(dict(step=step, split=name, rows=len(rows)) | losses)
+            each(found[-1])
+    table = pd.DataFrame(found)
+    write_text(Path(folder)/f'{split}-loss.csv', table.to_csv(index=False))
+    _to_tensorboard(table, Path(folder)/'tensorboard'/'losses')
+    return table
+
+# %% ../nbs/09_analysis.ipynb #a42a1a6a
+def _run_with_teacher(folder, teacher):
+    "A run at its last checkpoint, with its own teacher, or with the one that is named"
+    place = find_checkpoint(folder)
+    if teacher is None: return open_run(folder, max(checkpoints(folder)))
+    recipe = recipe_from_dict(run_description(folder))
+    student, tokenizer = load_classifier(place, recipe.task), load_tokenizer(place)
+    return Distiller(student, load_classifier(teacher, recipe.task)).eval(), tokenizer, recipe
+
+def _loss_settings(folder, run, soft_weight, hard_weight, softmax_temp):
+    "What was given, else the run's own; a run that nobody taught, and teaches nobody now, has labels alone"
+    distiller, _, recipe = run
+    if distiller.teacher is None and soft_weight:
+        raise ValueError(f"soft_weight is {soft_weight}, and {folder} learned from no teacher. "
+                         "Name one (teacher; --teacher_exp and --tckpt), or leave soft_weight out.")
+    own = recipe.to_dict() | (dict(soft_weight=0., hard_weight=1.) if distiller.teacher is None else {})
+    given = dict(soft_weight=soft_weight, hard_weight=hard_weight, softmax_temp=softmax_temp)
+    how = {name: own[name] if value is None else value for name, value in given.items()}
+    check_weights(mu=0., **how)
+    return how | dict(regression=get_task(recipe.task).regression)
+
+# %% ../nbs/09_analysis.ipynb #bfdac9e3
+def _mean_losses(
+    student, # (N, C) logits
+    teacher, # (N, C) logits, or None
+    labels,  # (N,)
+    soft_weight, hard_weight, softmax_temp, regression,
+) -> dict:   # hard, soft, loss
+    "Over all rows at once, so that every row counts alike"
+    logits, labels = torch.from_numpy(student).double(), torch.as_tensor(np.array(labels))
+    hard, soft = hard_loss(logits, labels, regression).item(), float('nan')
+    if teacher is not None:
+        soft = soft_loss(logits, torch.from_numpy(teacher).double(), softmax_temp, regression).item()
+    return dict(hard=hard, soft=soft, loss=hard_weight*hard + (soft_weight*soft if soft_weight else 0.))
+
+def _to_tensorboard(table, folder):
+    "What was written there before goes"
+    if folder.exists(): remove_folder(folder)
+    with SummaryWriter(str(folder)) as board:
+        for row in table.to_dict('records'):
+            for part in ('hard', 'soft', 'loss'):
+                if not np.isnan(row[part]): board.add_scalar(f"{row['split']}/{part}", row[part], row['step'])
 
 # %% ../nbs/09_analysis.ipynb #3e1f8b9a
 def loss_parts(

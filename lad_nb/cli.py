@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['quickstart_recipes', 'quickstart', 'indices', 'whole', 'number', 'count', 'pairs', 'make_parser', 'parse',
-           'recipe_of', 'main']
+           'evaluation_of', 'recipe_of', 'main']
 
 # %% ../nbs/12_cli.ipynb #40c972b7
 import argparse, difflib, inspect, json, os, re, sys, warnings
@@ -14,13 +14,14 @@ from pathlib import Path
 import pandas as pd
 import transformers
 
-from .analysis import gate_contributions
+from .analysis import dev_losses, gate_contributions
 from .benchmark import benchmark, benchmark_table, shapes
 from .data import SMALL, get_task, open_task
 from .evaluation import best_checkpoint, costs, evaluate, run_setting, score_checkpoints, write_predictions
 from .mappings import Gate
 from .plots import plot_contributions
-from .recipes import FAITHFUL, FAST, OURS, Recipe, faithful, mapping_of, plan, rerun, run
+from .recipes import (FAITHFUL, FAST, OURS, Evaluation, Recipe, faithful, mapping_of, plan, plan_evaluation, rerun,
+                            run, teacher_folder)
 from .training import experiment_folder, find_checkpoint
 from .values import COUNT, shown
 
@@ -53,7 +54,7 @@ def quickstart(
     return table
 
 # %% ../nbs/12_cli.ipynb #3a717832
-_aliases = dict(mu=['hidden_mse_weight'])
+_aliases = dict(mu=['hidden_mse_weight'], teacher_exp=['texperiment'])
 _choice = list(FAITHFUL) # what --faithful sets, unless given by itself
 _fine_tune_only = {'experiment', 'task', 'model', 'ptrain_ver', 'data_dir', 'dataset', 'train_size', 'sample_seed', 'bad_rows', 'padding', 'max_seq_len', 'batch_size', 'accum_step', 'total_step', 'warmup_step',
                    'epoch', 'warmup_rate', 'lr', 'beta1', 'beta2', 'eps', 'weight_decay', 'max_norm', 'dropout', 'ckpt_step', 'keep_ckpt', 'log_step', 'seed', 'device_id'}
@@ -96,8 +97,14 @@ def pairs(
 
 _types = {int: whole, float: number, tuple: indices}
 
-def _add_recipe_flags(parser, names):
-    for f in fields(Recipe):
+_asked = {'task', 'experiment', 'dataset', 'batch_size', 'model', 'data_dir', 'device_id'}
+_evaluations = dict( # command: the fields of an `Evaluation` that are its flags
+    run_fine_tune_eval=_asked, generate_test_prediction=_asked | {'ckpt'},
+    eval_dev_loss={f.name for f in fields(Evaluation)} - {'command', 'ckpt'})
+
+def _add_flags(parser, kind, names):
+    "Flags for some of the fields of `Recipe` or `Evaluation`"
+    for f in fields(kind):
         if f.name not in names: continue
         flags = ['--' + n for n in (f.name, *_aliases.get(f.name, []))]
         shown = f.metadata['help'] + ('' if f.default is None or f.name in _choice or f.name == 'experiment' else f' (default {f.default})')
@@ -117,7 +124,9 @@ _training = dict( # command: (help, method) or (help, flag, {its value: method},
     distil=('any method by name, and undistilled, the baseline without a teacher', '--method'),
 )
 _other = dict(run_fine_tune_eval='score every checkpoint of an experiment, name the best, write a CSV',
-              generate_test_prediction="write a checkpoint's GLUE submission file", rerun='train the recipe of a run folder again, to the same bytes',
+              generate_test_prediction="write a checkpoint's GLUE submission file",
+              eval_dev_loss='the dev loss of every checkpoint, hard and soft, as a CSV and for TensorBoard',
+              rerun='train the recipe of a run folder again, to the same bytes',
               quickstart='teacher, LAD student and undistilled student on the toy task, in minutes',
               benchmark='how much faster than a plain loop, how near to the floor: every mode, timed in one process')
 _faithful_help = ("the paper scripts' choices: gates normed over the sequence, batches padded to max_seq_len, random student embeddings "
@@ -141,24 +150,20 @@ def make_parser(
         what = _training[command]
         if what[1] == '--method': p.add_argument('--method', required=True, help='one of the methods, or undistilled')
         elif len(what) > 2: p.add_argument(f'--{what[1]}', choices=list(what[2]), default=what[3], required=what[3] is None, help='which of its methods')
-        _add_recipe_flags(p, _fine_tune_only if what[1] == 'fine_tune' else {f.name for f in fields(Recipe)} - {'method'})
+        every = {f.name for f in fields(Recipe)} - {'method'}
+        _add_flags(p, Recipe, _fine_tune_only if what[1] == 'fine_tune' else every)
         p.add_argument('--num_class', type=whole, help="number of labels; must be the task's")
         p.add_argument('--faithful', action=argparse.BooleanOptionalAction, help=_faithful_help)
         p.add_argument('--fast', action='store_true', help='--no-faithful, and faster: rows of like length share a batch, the teacher is asked once and read from disk, bf16 where the processor has it')
         p.add_argument('--dry_run', action='store_true', help='print the whole resolved experiment as JSON and stop; writes nothing')
         p.add_argument('--resume', action='store_true', help='go on from the last checkpoint')
         p.add_argument('--allow_hub', action='store_true', help="ask the hub for the encoder that the teacher's recipe.json names")
-    elif command in ('run_fine_tune_eval', 'generate_test_prediction'):
-        evaluating = command == 'run_fine_tune_eval'
-        p.add_argument('--experiment', required=True, help='name of the experiment'); p.add_argument('--task', required=True, help='its task')
-        p.add_argument('--model', default='bert', help='its kind of model')
-        p.add_argument('--dataset', default='dev' if evaluating else 'test', help='split')
-        p.add_argument('--data_dir', help="folder of the task's TSV files; the run's by default")
-        p.add_argument('--batch_size', type=count, default=256, help='examples at a time')
-        p.add_argument('--device_id', type=whole, help='-1 is the CPU, else a CUDA index')
-        if not evaluating:
-            p.add_argument('--ckpt', type=whole, help='update step of the checkpoint; the last by default')
+    elif command in _evaluations:
+        _add_flags(p, Evaluation, _evaluations[command])
+        if command == 'generate_test_prediction':
+            p.set_defaults(dataset='test')
             p.add_argument('--out', help='folder to write to; predictions/checkpoint-CKPT in the run folder by default')
+        p.add_argument('--dry_run', action='store_true', help='print what would be read and stop; writes nothing')
     elif command == 'rerun':
         p.add_argument('folder', help='a run folder'); p.add_argument('--experiment', help="name of the new run; the old one's with _rerun by default")
         p.add_argument('--resume', action='store_true', help='go on from the last checkpoint')
@@ -197,12 +202,23 @@ def parse(
             parser.error(f"there is no flag {flag}." + (f" Did you mean {near[0]}?" if near else f" lad-nb {command} --help lists them."))
     return command, parser.parse_args(argv[1:])
 
+def _given(args, kind):
+    said = {f.name: getattr(args, f.name, None) for f in fields(kind)}
+    return {name: value for name, value in said.items() if value is not None}
+
+def evaluation_of(
+    command: str, # run_fine_tune_eval, generate_test_prediction or eval_dev_loss
+    args,         # from `parse`
+) -> Evaluation:
+    "The evaluation that a command line means"
+    return Evaluation(command, **_given(args, Evaluation))
+
 def recipe_of(
     command: str, # a training command
     args,         # from `parse`
 ) -> Recipe:
     "The recipe that a command line means"
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name, None) is not None}
+    given = _given(args, Recipe)
     what = _training[command]
     method = args.method if what[1] == '--method' else what[1] if len(what) == 2 else what[2][getattr(args, what[1])]
     given['method'] = method = method.replace('-', '_')
@@ -216,6 +232,46 @@ def recipe_of(
         raise ValueError("--fast and --faithful contradict each other: norm, padding, masking and embeddings are ours "
                          "with the one, the paper's with the other. Give one.")
     return Recipe(**(FAST if args.fast else OURS if args.faithful is False else faithful(method)) | given)
+
+# %% ../nbs/12_cli.ipynb #dcde8847
+def _evaluation(command, args):
+    asked = evaluation_of(command, args)
+    if args.dry_run: return print(json.dumps(plan_evaluation(asked, args.root), indent=1))
+    ask = dict(run_fine_tune_eval=_evaluate, generate_test_prediction=_predict, eval_dev_loss=_dev_loss)[command]
+    ask(asked, _asked_of(asked, args.root), args)
+
+def _asked_of(asked, root): return experiment_folder(asked.experiment, asked.task, asked.model, root)
+
+def _evaluate(asked, folder, args):
+    show = lambda row: ', '.join(f'{m} {v:.4f}' for m, v in row.items() if m != 'step')
+    each = lambda step, scores: _say(f'checkpoint {step}: {show(scores)}')
+    table = score_checkpoints(folder, asked.task, asked.dataset, asked.data_dir, asked.batch_size,
+                              asked.device_id, each)
+    metrics = get_task(asked.task).metrics
+    for metric in metrics:
+        best = best_checkpoint(table, metric)
+        what = f'{metric} on {asked.dataset}' if len(metrics) > 1 else f'on {asked.dataset}'
+        _say(f"best {what}: checkpoint {int(best['step'])}, {show(best)}")
+    _say(folder/f'eval-{asked.dataset}.csv')
+
+def _predict(asked, folder, args):
+    checkpoint = find_checkpoint(folder, asked.ckpt)
+    out = args.out or folder/'predictions'/checkpoint.name
+    data_dir = asked.data_dir or run_setting(folder, 'data_dir')
+    files = write_predictions(checkpoint, asked.task, out, data_dir, run_setting(folder, 'max_seq_len', 128),
+                              asked.batch_size, asked.device_id, asked.dataset)
+    _say(*files)
+
+def _dev_loss(asked, folder, args):
+    if asked.tckpt and not asked.teacher_exp:
+        raise ValueError("--tckpt is a checkpoint of a teacher: name that with --teacher_exp.")
+    teacher = teacher_folder(asked, args.root) if asked.teacher or asked.teacher_exp else None
+    def each(row):
+        parts = ', '.join(f'{part} {row[part]:.4f}' for part in ('hard', 'soft', 'loss'))
+        _say(f"checkpoint {row['step']} on {row['split']}: {parts}")
+    weights = asked.soft_weight, asked.hard_weight, asked.softmax_temp
+    dev_losses(folder, asked.dataset, teacher, *weights, asked.data_dir, asked.batch_size, asked.device_id, each)
+    _say(folder/f'{asked.dataset}-loss.csv', f"tensorboard --logdir {folder/'tensorboard'}")
 
 # %% ../nbs/12_cli.ipynb #d13cfdba
 def main(
@@ -243,7 +299,7 @@ def _data_dir(command, args):
     "The folder of TSV files: as given, or as the run's recipe names it"
     if given := getattr(args, 'data_dir', None): return given
     if command == 'rerun': return run_setting(args.folder, 'data_dir')
-    if command in ('run_fine_tune_eval', 'generate_test_prediction'): return run_setting(experiment_folder(args.experiment, args.task, args.model, args.root), 'data_dir')
+    if command in _evaluations: return run_setting(_asked_of(evaluation_of(command, args), args.root), 'data_dir')
 
 def _say(*lines):
     "Lines in which names of folders and text of files cannot move the cursor"
@@ -255,20 +311,6 @@ def _train(command, args):
     folder = run(recipe, args.root, args.resume, allow_hub=args.allow_hub)
     if os.environ.get('RANK', '0') != '0': return # torchrun's first process speaks for all
     _say(f"{folder}: {recipe.method}, {run_setting(folder, 'total_step')} updates. Score it: lad-nb run_fine_tune_eval --experiment {recipe.experiment} --model {recipe.model} --task {recipe.task}")
-
-def _evaluate(command, args):
-    folder = experiment_folder(args.experiment, args.task, args.model, args.root)
-    show = lambda row: ', '.join(f'{m} {v:.4f}' for m, v in row.items() if m != 'step')
-    table = score_checkpoints(folder, args.task, args.dataset, args.data_dir, args.batch_size, args.device_id, each=lambda step, scores: _say(f'checkpoint {step}: {show(scores)}'))
-    best = best_checkpoint(table)
-    _say(f"best on {args.dataset}: checkpoint {int(best['step'])}, {show(best)}", folder/f'eval-{args.dataset}.csv')
-
-def _predict(command, args):
-    folder = experiment_folder(args.experiment, args.task, args.model, args.root)
-    checkpoint = find_checkpoint(folder, args.ckpt)
-    files = write_predictions(checkpoint, args.task, args.out or folder/'predictions'/checkpoint.name, args.data_dir or run_setting(folder, 'data_dir'),
-                              run_setting(folder, 'max_seq_len', 128), args.batch_size, args.device_id, args.dataset)
-    _say(*files)
 
 def _rerun(command, args): _say(rerun(args.folder, args.experiment, args.resume, allow_hub=args.allow_hub))
 
@@ -289,4 +331,5 @@ def _benchmark(command, args):
     print(f"{whole['epochs']} epochs of {found['data']['task']}, the cache's building counted in: {whole['plain_seconds']} s plain, {whole['fast_cached_seconds']} s with FAST: {whole['ratio']} times")
     print('\nmilliseconds of an update\n' + pd.DataFrame(found['milliseconds']).T.to_string(float_format='{:.1f}'.format))
 
-_commands = dict(train=_train, benchmark=_benchmark, run_fine_tune_eval=_evaluate, generate_test_prediction=_predict, rerun=_rerun, quickstart=_quickstart)
+_commands = dict(train=_train, benchmark=_benchmark, rerun=_rerun, quickstart=_quickstart)
+_commands |= dict.fromkeys(_evaluations, _evaluation)

@@ -9,6 +9,7 @@ __all__ = ['section5', 'closer', 'user_defined', 'quirks', 'claims', 'Study', 'h
 
 # %% ../nbs/14_study.ipynb #21668a76
 import hashlib, json, os, platform, subprocess, tempfile, time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -24,7 +25,7 @@ from .data import SMALL, encode, get_task, load_task, load_tokenizer
 from .durable import FolderInUse, append_line, end_with_parent, file_hash, lock_folder, remove_folder
 from .evaluation import evaluate, predict, score
 from .mappings import mapping_from_dict
-from .recipes import FAST, Recipe, recipe_from_dict, run, run_description, settle
+from .recipes import FAST, Recipe, in_updates, recipe_from_dict, run, run_description
 from .students import load_classifier, random_bert
 from .training import check_same, checkpoints, experiment_folder, read_log, versions
 
@@ -183,7 +184,7 @@ def _teach(study, tasks, root, results, say):
 
 def _teach_one(recipe, folder, job, root, results, say):
     "One teacher, in a folder that nobody else has"
-    if (folder/'model.safetensors').exists(): check_same(folder, dict(recipe=settle(recipe, _train_rows(recipe)).to_dict()))
+    if (folder/'model.safetensors').exists(): check_same(folder, dict(recipe=in_updates(recipe, _train_rows(recipe)).to_dict()))
     else:
         say(f'teacher on {recipe.task}: {recipe.total_step} updates')
         run(recipe, root, resume=True, progress=False)
@@ -379,17 +380,22 @@ def collect_looks(
     return table[['task', 'method', 'seed', *[c for c in table if c not in ('task', 'method', 'seed')]]]
 
 def _finished(study, results, stage='run'):
-    "Result lines of a stage; none of a task whose learning rates are not all chosen yet"
+    "Result lines of a stage; none whose learning rate is not chosen yet"
     lines, study = read_results(results), study if stage == 'tune' else _ready(study, results)
     wanted = {_key(j) for j in jobs(study, results, stage)} if study.tasks else ()
     return [l for l in lines if l['stage'] == stage and _key(l) in wanted]
 
 def _ready(study, results):
-    "The study, on the tasks whose learning rates are all chosen"
+    "The study, without tasks whose learning rates are not all chosen, and without methods that nobody began to tune"
     other, method = study.rates_of or (study, None)
     if not other.lrs: return study
-    waiting = {j['task'] for j in missing(replace(other, methods={m: c for m, c in other.methods.items() if method in (None, m)}), results, 'tune')}
-    return replace(study, tasks={t: c for t, c in study.tasks.items() if t not in waiting})
+    if method: other = replace(other, methods={method: other.methods[method]})
+    left = missing(other, results, 'tune')
+    planned, lacking = (Counter(j['method'] for j in some) for some in (jobs(other, results, 'tune'), left))
+    idle = set() if method else {m for m in planned if lacking[m] == planned[m]}
+    waiting = {j['task'] for j in left if j['method'] not in idle}
+    return replace(study, tasks={t: c for t, c in study.tasks.items() if t not in waiting},
+                   methods={m: c for m, c in study.methods.items() if m not in idle})
 
 # %% ../nbs/14_study.ipynb #a2f6586f
 _teacher = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=5e-5, soft_weight=0., hard_weight=1., mu=0., length_groups=True, device_id=-1)
@@ -399,6 +405,7 @@ section5 = Study('section5',
     teachers=dict(sst2=_teacher.replace(task='sst2', **_sst2), mrpc=_teacher.replace(task='mrpc', train_size=3667, total_step=342, warmup_step=34, ckpt_step=342)), # MRPC's teacher takes three
     tasks=dict(sst2=_sst2, mrpc=_mrpc),
     methods={'undistilled': dict(method='undistilled'), 'KD': dict(method='kd'), 'BERT-PKD': dict(method='bert_pkd'), 'ALP-KD-hidden': dict(method='alp_kd_hidden'), 'ALP-KD-v2': dict(method='alp_kd_hidden_v2'),
+             'ALP-KD by [CLS]': dict(method='alp_kd_hidden_by_cls'),
              'LAD': dict(method='lad'), 'LAD-NO': dict(method='lad_no'), 'LAD-CLS': dict(method='lad_cls'),
              'partial LAD 1': dict(method='partial_lad', gate_indices=(2,)), 'partial LAD 2': dict(method='partial_lad', gate_indices=(2, 4)),
              'frozen gates': dict(method='lad', gate_lr=0.), 'layer mean': dict(method='layer_mean')},
@@ -438,7 +445,8 @@ claims = (
     Claim('ours', 'LAD is better than a chain from the top down', 'LAD', 'chain from the top'),
     Claim('5.2', 'all hidden states teach more than [CLS]', 'LAD', 'LAD-CLS'),
     Claim('5.3', 'gates are better than attention token by token', 'LAD', 'ALP-KD-hidden'),
-    Claim('5.3', 'gates are better than attention by [CLS]', 'LAD', 'ALP-KD-v2'),
+    Claim('5.3', 'gates are better than attention up to their own layer', 'LAD', 'ALP-KD-v2'),
+    Claim('ours', 'gates are better than attention by [CLS]', 'LAD', 'ALP-KD by [CLS]'),
     Claim('5.4', 'overlap is better than gates of separate buckets', 'LAD', 'LAD-NO'),
     Claim('5.5', 'all gates are better than the first alone', 'LAD', 'partial LAD 1'),
     Claim('5.5', 'all gates are better than all but the last', 'LAD', 'partial LAD 2'),

@@ -33,10 +33,12 @@ FEW = dict(task='toy', max_seq_len=32, batch_size=16, total_step=4, warmup_step=
 @pytest.fixture(scope='session')
 def experiments(tmp_path_factory):
     """A folder of experiments with one teacher in it: a tiny BERT of random weights, fine-tuned on the toy task for four updates."""
-    from lad_nb.recipes import rte, run
+    from lad_nb.recipes import run, run_books
     from lad_nb.students import random_bert
     root = tmp_path_factory.mktemp('experiments')
-    run(rte['fine_tune'].replace(experiment='teacher', ptrain_ver=str(random_bert(root/'encoder', num_attention_heads=12)), lr=5e-5, **FEW), root, progress=False)
+    encoder = random_bert(root/'encoder', num_attention_heads=12)
+    teacher = run_books['rte']['fine_tune'].replace(experiment='teacher', ptrain_ver=str(encoder), lr=5e-5, **FEW)
+    run(teacher, root, progress=False)
     return root
 
 
@@ -81,5 +83,6 @@ def no_runs_left_behind(request):
 @pytest.fixture
 def lad():
     """A LAD recipe of four updates that learns from that teacher."""
-    from lad_nb.recipes import rte
-    return rte['lad'].replace(experiment='lad', num_hidden_layers=3, teacher_exp='teacher', tckpt=4, **FEW)
+    from lad_nb.recipes import run_books
+    book = run_books['rte']
+    return book['lad'].replace(experiment='lad', num_hidden_layers=3, teacher_exp='teacher', tckpt=4, **FEW)

@@ -229,9 +229,10 @@ def test_runs_without_a_teacher_are_held_against_one(experiments, lad):
 
 def test_a_probe_reads_what_is_there_and_no_more(experiments):
     """The teacher's own head reads its pooled [CLS]; a probe of the last layer must not be far below it, and shuffled labels leave it at chance."""
-    from lad_nb.recipes import rte
+    from lad_nb.recipes import run_books
     from conftest import FEW
-    teacher = run(rte['fine_tune'].replace(experiment='reads', ptrain_ver=SMALL, lr=5e-5, **FEW), experiments, progress=False)  # random weights have nothing to read
+    recipe = run_books['rte']['fine_tune'].replace(experiment='reads', ptrain_ver=SMALL, lr=5e-5, **FEW)
+    teacher = run(recipe, experiments, progress=False)  # random weights have nothing to read
     table = linear_probes(teacher, train_rows=300, rows=200)
     assert set(table.kind) == {'student'} and table.layer.max() == 6 and len(table) == 12
     assert table.value.max() > .6 and table.baseline.iloc[0] == pytest.approx(.5, abs=.02)          # the mean of tokens tells some of the toy task's phenomena
@@ -239,13 +240,14 @@ def test_a_probe_reads_what_is_there_and_no_more(experiments):
 
 
 def test_probes_and_agreement_of_a_regression(tmp_path, experiments, lad):
-    from lad_nb.recipes import rte
+    from lad_nb.recipes import run_books
     from conftest import FEW
     for split, rows in (('train', 48), ('dev', 24)):
         lines = [f'{i}\ta man {a} a dog\ta man {b} a dog\t{5. if a == b else 1. + i % 3/2}' for i in range(rows) for a, b in [(('saw', 'fed', 'hit')[i % 3], ('saw', 'fed', 'hit')[i//3 % 3])]]
         (tmp_path/f'{split}.tsv').write_text('index\tsentence1\tsentence2\tscore\n' + '\n'.join(lines) + '\n')
     few = FEW | dict(task='stsb', data_dir=str(tmp_path), total_step=2)
-    run(rte['fine_tune'].replace(experiment='scores', ptrain_ver=SMALL, **few), experiments, progress=False)
+    teacher = run_books['rte']['fine_tune'].replace(experiment='scores', ptrain_ver=SMALL, **few)
+    run(teacher, experiments, progress=False)
     folder = run(lad.replace(experiment='lad_scores', teacher_exp='scores', tckpt=2, **few), experiments, progress=False)
     table = linear_probes(folder, rows=24, train_rows=48)
     assert set(table.metric) == {'pearson'} and set(table.baseline) == {0.} and table.value.max() > .5

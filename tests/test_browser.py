@@ -196,8 +196,9 @@ def test_five_hundred_steps_through_the_panel(lab, chromium, tmp_path, experimen
     import nbformat
     from conftest import FEW
     from lad_nb.data import SMALL
-    from lad_nb.recipes import rte, run
-    run(rte['fine_tune'].replace(experiment='teacher_small', ptrain_ver=SMALL, lr=5e-5, **FEW), experiments, progress=False) # a step as long as a real one: beside a tiny model any panel is dear
+    from lad_nb.recipes import run, run_books
+    teacher = run_books['rte']['fine_tune'].replace(experiment='teacher_small', ptrain_ver=SMALL, lr=5e-5, **FEW)
+    run(teacher, experiments, progress=False)  # a step as long as a real one: beside a tiny model any panel is dear
     recipe = lad.replace(teacher_exp='teacher_small', total_step=524, warmup_step=20, batch_size=8, ckpt_step=10_000, log_step=50)
     cells = MANY.replace('RECIPE', repr(recipe.to_dict())).replace('ROOT', repr(str(experiments))).split('\n%%\n')
     nbformat.write(nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, cells)], metadata=dict(kernelspec=dict(name='python3', display_name='python3'))), lab[0]/'many.ipynb')

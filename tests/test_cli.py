@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lad_nb import cli
 from lad_nb.data import SMALL, load_tokenizer
-from lad_nb.recipes import recipe_from_dict, rte, run
+from lad_nb.recipes import Recipe, recipe_from_dict, run, run_books
 
 FLAGS = '--task toy --max_seq_len 32 --batch_size 16 --total_step 4 --warmup_step 1 --ckpt_step 2 --log_step 2 --device_id -1'
 LAD = f'run_lad_distil --experiment new --teacher_exp teacher --tckpt 4 --num_hidden_layers 3 {FLAGS}'
@@ -156,8 +156,20 @@ def test_faithful_or_ours(experiments, capsys):
     assert planned('--copy_embeddings')['student']['copy_embeddings'] and faithful['missing'] == []
     assert planned('--hidden_mse_weight 7')['loss']['mu'] == 7
     assert planned('--reverse_gate')['mapping']['segments'] == [[6, 5, 4, 3, 2, 1]]
-    assert planned('--epoch 2 --warmup_rate .25')['schedule']['student'] == dict(warmup_step=93, total_step=374)
+    assert planned('--epoch 2 --warmup_rate .25')['schedule']['student'] == dict(warmup_step=94, total_step=375)  # rounded, of 3,000 rows
     assert not (experiments/'new_bert_toy').exists()
+
+
+@pytest.mark.parametrize('flags, rows, counted', [
+    ('--epoch 10 --warmup_rate .1', 2490, (778, 78)), ('--epoch 10 --batch_size 2490', 2490, (10, 1)),  # RTE as the later release trains it
+    ('--epoch .001 --warmup_rate 0', 2490, (1, 1)), ('--epoch 3 --warmup_rate .5', 64, (6, 3))])
+def test_epochs_count_as_in_the_later_release(glue, tmp_path, monkeypatch, capsys, flags, rows, counted):
+    monkeypatch.setenv('LAD_NB_GLUE', str(glue)); monkeypatch.chdir(tmp_path)
+    line = f'run_lad_distil --experiment e --task rte --train_size {rows} --num_hidden_layers 6 --teacher_exp t --warmup_step 1 --dry_run {flags}'
+    code, out, err = lad_nb(line, None, capsys)
+    assert code == 0, err
+    schedule = json.loads(out)['schedule']
+    assert (schedule['student']['total_step'], schedule['student']['warmup_step']) == counted and schedule['gates'] == schedule['student']
 
 
 def test_quickstart_leaves_what_it_says(tmp_path, monkeypatch, capsys):
@@ -178,5 +190,6 @@ def test_installed_command():
 
 
 def test_recipes_travel():
-    for recipe in rte.values(): assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    for recipe in [r for book in run_books.values() for r in book.values() if isinstance(r, Recipe)]:
+        assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert FEW['task'] == 'toy'

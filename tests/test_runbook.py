@@ -1,61 +1,214 @@
-"""The run book's commands on the real RTE: each as written under --dry_run, and each run with nothing changed but the size."""
+"""The run books' commands: every flag of all 67 held to what is made of it, each one resolved as written, and
+RTE's run with nothing changed but the size."""
+import csv
 import json
 import os
 import re
 import shlex
+from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from lad_nb import cli
-from lad_nb.data import SMALL
+from lad_nb.data import SMALL, get_task, tasks
+from lad_nb.recipes import Evaluation, Recipe, run_books
 
-BOOK = Path(os.environ.get('LAD_NB_RUNBOOK') or Path(__file__).parents[2]/'shared'/'seed'/'fine_tune_rte.md')
-if not BOOK.is_file(): pytest.skip(f'no run book: {BOOK} is not there; LAD_NB_RUNBOOK names another', allow_module_level=True)
+SHARED = Path(__file__).parents[2]/'shared'
+BOOK = Path(os.environ.get('LAD_NB_RUNBOOK') or SHARED/'seed'/'fine_tune_rte.md')
+SHEET = Path(os.environ.get('LAD_NB_COMMANDS') or SHARED/'recipes'/'commands.csv')
+
+
+def rows():
+    """The sheet's commands: (task, command, {flag: text}), the flags that are given."""
+    with open(SHEET, encoding='utf-8', newline='') as f: lines = list(csv.DictReader(f))
+    return [(line['task'], line.pop('command'), {k: v for k, v in line.items() if v}) for line in lines]
 
 
 def commands():
-    """Every `python3.8 X.py ..` block as a list: X and its flags."""
+    """Every `python3.8 X.py ..` block of RTE's book as a list: X and its flags."""
     blocks = re.findall(r'```sh\n(.*?)```', BOOK.read_text(), re.S)
     lines = [shlex.split(b.replace('\\\n', ' ')) for b in blocks if 'python3.8' in b]
     return [[words[1].removesuffix('.py'), *words[2:]] for words in lines]
 
 
+def line_of(command, flags):
+    words = [[f'--{flag}', value] for flag, value in flags.items()]
+    return [command, *sum(words, [])]
+
+
+def named(row): return f"{row[0]} {row[1]} {row[2]['experiment']} {row[2].get('dataset', '')}".strip()
+
+
+def absent(path, variable): return f'{path} is not there; {variable} names another'
+
+
+skipped = [pytest.param(None, marks=pytest.mark.skip(reason=absent(SHEET, 'LAD_NB_COMMANDS')), id='no sheet')]
+all_rows = [pytest.param(row, id=named(row)) for row in rows()] if SHEET.is_file() else skipped
+sheet = pytest.mark.parametrize('row', all_rows)
+
+
+def needs(path, variable): return pytest.mark.skipif(not path.is_file(), reason=absent(path, variable))
+
+
+needs_sheet, needs_book = needs(SHEET, 'LAD_NB_COMMANDS'), needs(BOOK, 'LAD_NB_RUNBOOK')
+
+METHODS = dict(run_fine_tune='fine_tune', run_lad_distil='lad', run_lad_no_distil='lad_no',
+               run_pkd_distill='bert_pkd')
+PLACES = ('device_id', 'tdevice_id', 'gate_device_id')  # where a run is: a book's value leaves it open
+BERT_BASE = dict(d_model=768, d_ff=3072, num_attention_heads=12, type_vocab_size=2)  # None is the teacher's
+SAME = dict(gate_total_step='total_step', gate_warmup_step='warmup_step')  # None is the student's
+
+
+def meant(flag, text, command):
+    """The field that a flag sets, and the value that its text has there."""
+    if flag in ('probing_exp', 'alp_exp'): return 'method', text.replace('-', '_')
+    if flag.endswith('_indices'): return flag, tuple(int(k) for k in text.split(','))
+    flag = dict(texperiment='teacher_exp').get(flag, flag)
+    kind = next(f.type for f in fields(Recipe if command in cli._training else Evaluation) if f.name == flag)
+    return flag, kind(text)
+
+
+def held(value, field):
+    """What a recipe says of a field, or what its silence comes to."""
+    said = getattr(value, field)
+    if said is not None: return said
+    return getattr(value, SAME[field]) if field in SAME else BERT_BASE.get(field)
+
+
+def in_the_book(task, command, flags):
+    """The one value of `run_books` that is this command."""
+    kind = Recipe if command in cli._training else Evaluation
+    found = [r for r in run_books[task].values() if (type(r), r.experiment) == (kind, flags['experiment'])]
+    if kind is Evaluation: found = [r for r in found if (r.command, r.dataset) == (command, flags['dataset'])]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def made(command, flags):
+    """What the command line makes of a command."""
+    name, args = cli.parse(line_of(command, flags))
+    return (cli.recipe_of if command in cli._training else cli.evaluation_of)(name, args)
+
+
+@needs_sheet
+def test_the_sheet_has_all_commands_and_the_books_no_others():
+    assert Counter(task for task, *_ in rows()) == dict(rte=11, mrpc=10, sst2=11, qnli=14, qqp=10, mnli=11)
+    assert sum(len(flags) for *_, flags in rows()) == 1775
+    known = [id(in_the_book(*row)) for row in rows()]
+    everything = {(task, name): id(r) for task, book in run_books.items() for name, r in book.items()}
+    others = [name for name, value in everything.items() if value not in known]
+    assert len(set(known)) == 67 and others == [('rte', 'fine_tune_later'), ('rte', 'lad_later')]
+
+
+@sheet
+def test_every_flag(row):
+    task, command, flags = row
+    parsed, kept = made(command, flags), in_the_book(task, command, flags)
+    for flag, text in flags.items():
+        if flag == 'num_class':
+            assert get_task(task).num_labels == int(text)
+            continue
+        field, wanted = meant(flag, text, command)
+        if field == 'teacher_indices' and kept.method == 'lad_user_defined': field = 'gate_indices'
+        assert held(parsed, field) == wanted, flag
+        if field not in PLACES: assert held(kept, field) == wanted, flag
+    open_fields = {f.name: None for f in fields(kept) if f.name in (*PLACES, *BERT_BASE, *SAME)}
+    assert parsed.replace(**open_fields) == kept   # and nothing that the command does not say
+    if command in METHODS: assert kept.method == METHODS[command]
+
+
+@sheet
+def test_resolves_as_written(row, tmp_path, monkeypatch, capsys):
+    """Under --dry_run: a plan, what is missing, and nothing on the disk. Data that is not there is named."""
+    task, command, flags = row
+    glue = Path(os.environ.get('LAD_NB_GLUE') or SHARED/'data'/'glue')
+    monkeypatch.setenv('LAD_NB_GLUE', str(glue)); monkeypatch.chdir(tmp_path)
+    assert cli.main([*line_of(command, flags), '--dry_run']) == 0
+    planned = json.loads(capsys.readouterr().out)
+    missing = dict(Counter(said.partition(':')[0] for said in planned['missing']))
+    there = (glue/tasks[task].folder).is_dir()
+    assert missing.pop('data', 0) == (0 if there else 1)
+    if not there: assert any(f'no folder {tasks[task].folder}' in said for said in planned['missing'])
+    if command not in cli._training:
+        assert missing == dict(experiment=1) | (dict(teacher=1) if command == 'eval_dev_loss' else {})
+        assert planned['splits'] == [flags['dataset']] and planned['batch_size'] == int(flags['batch_size'])
+    else:
+        assert missing == ({} if command == 'run_fine_tune' else dict(teacher=1))
+        resolved(planned, command, flags)
+    assert not list(tmp_path.iterdir())
+
+
+def resolved(planned, command, flags):
+    steps = dict(warmup_step=int(flags['warmup_step']), total_step=int(flags['total_step']))
+    assert planned['schedule']['student'] == steps and planned['seed'] == int(flags['seed'])
+    assert planned['optimiser']['student']['lr'] == float(flags['lr'])
+    assert ('gates' in planned['optimiser']) == ('gate_lr' in flags)
+    if command == 'run_fine_tune': return
+    mapping, M = planned['mapping'], int(flags['num_hidden_layers'])
+    assert planned['teacher']['num_hidden_layers'] == 12 and planned['loss']['mu'] == float(flags['mu'])
+    lists = [flags[k].split(',') for k in ('gate_indices', 'teacher_indices') if k in flags]
+    user_defined = 'user_defined' in flags.get('probing_exp', '')
+    assert len(mapping['reads']) == (len(lists[0]) if user_defined else M)
+    if user_defined:
+        source = 'layer' if command == 'run_probing' else 'gate'
+        pairs = zip(flags['student_indices'].split(','), lists[0])
+        assert mapping['reads'] == [f'{m} <- {source} {k}' for m, k in pairs]
+    if 'partial' in flags['experiment']: assert mapping['reads'][-1] == '6 <- layer 12'
+    if flags.get('probing_exp') == 'lad_cls': assert (mapping['on'], planned['norm']) == ('cls', 'token')
+
+
+def test_what_the_books_ask_for_is_what_they_train():
+    """Checkpoints that exist, of experiments that a command trains; these four are published without."""
+    found = set()
+    for task, book in run_books.items():
+        trained = {r.experiment: r for r in book.values() if isinstance(r, Recipe)}
+        asked = [(r.experiment, r.ckpt) for r in book.values() if isinstance(r, Evaluation)]
+        taught = [(r.teacher_exp, r.tckpt) for r in book.values() if r.teacher_exp]
+        for experiment, step in [*asked, *taught]:
+            if experiment not in trained: found.add((task, experiment))
+            elif step:
+                run = trained[experiment]
+                assert step % run.ckpt_step == 0 or step == run.total_step
+    assert found == {('mrpc', 'teacher_base'), ('sst2', 'partial_LAD_0_42'), ('qqp', 'AKD_soft_9_42'),
+                     ('qqp', 'partial_LAD_0_42')}
+
+
+def test_the_later_release():
+    """SPEC.md, Recipes: the settings that it names."""
+    teacher, student = (run_books['rte'][name] for name in ('fine_tune_later', 'lad_later'))
+    named = dict(num_hidden_layers=6, lr=7e-4, gate_lr=3e-5, epoch=10., warmup_rate=.1, softmax_temp=10.,
+                 soft_weight=.5, hard_weight=.5, mu=1000.)
+    assert {k: getattr(student, k) for k in named} == named and teacher.lr == 7e-5
+    assert student.teacher_exp == teacher.experiment and student.tckpt == teacher.total_step
+
+
+@needs_book
+@needs_sheet
+def test_the_book_of_rte_is_in_the_sheet():
+    of_sheet = [(command, flags) for task, command, flags in rows() if task == 'rte']
+    flags = lambda words: dict(zip([w.removeprefix('--') for w in words[1::2]], words[2::2]))
+    assert [(words[0], flags(words)) for words in commands()] == of_sheet
+
+
 def smaller(words):
     """12 -> 6 layers become 6 -> 3, 12 -> 4 becomes 6 -> 2, and few updates of them."""
     flags = dict(zip(words[1::2], words[2::2]))
-    small = dict(ptrain_ver=SMALL, d_model='384', d_ff='1536', total_step='3', warmup_step='1', gate_total_step='3', gate_warmup_step='1', ckpt_step='2', tckpt='3', ckpt='3', device_id='-1', tdevice_id='-1', gate_device_id='-1')
-    flags |= {f: v for f, v in ((f'--{n}', v) for n, v in small.items()) if f in flags}
+    small = dict(ptrain_ver=SMALL, d_model='384', d_ff='1536', ckpt_step='2', tckpt='3', ckpt='3')
+    small |= dict(total_step='3', warmup_step='1', gate_total_step='3', gate_warmup_step='1')
+    small |= dict.fromkeys(PLACES, '-1')
+    flags |= {f'--{n}': v for n, v in small.items() if f'--{n}' in flags}
     halves = lambda text: ','.join(str(int(k)//2) for k in text.split(','))
-    if flags.get('--probing_exp') == 'lad_user_defined': flags['--teacher_indices'] = halves(flags['--teacher_indices'])  # six pairs of a six-layer student
-    elif '--num_hidden_layers' in flags: flags['--num_hidden_layers'] = str(int(flags['--num_hidden_layers'])//2)
+    if flags.get('--probing_exp') == 'lad_user_defined':
+        flags['--teacher_indices'] = halves(flags['--teacher_indices'])  # six pairs of a six-layer student
+    elif '--num_hidden_layers' in flags: flags['--num_hidden_layers'] = halves(flags['--num_hidden_layers'])
     if flags.get('--probing_exp') == 'partial_lad': flags['--student_indices'] = '1,2,3'
     return [words[0], *(w for pair in flags.items() for w in pair)], flags
 
 
-def test_the_book_has_all_its_commands():
-    assert [c[0] for c in commands()] == ['run_fine_tune', 'run_lad_distil', 'run_probing_lad', 'run_lad_no_distil', 'run_probing_lad', 'run_alp_distil', 'run_alp_distil',
-                                          'run_pkd_distill', 'run_fine_tune_eval', 'run_fine_tune_eval', 'generate_test_prediction']
-
-
-@pytest.mark.parametrize('words', [c for c in commands() if c[0] in cli._training], ids=lambda w: f"{w[0]} {w[2]}")
-def test_as_written_dry(words, glue, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv('LAD_NB_GLUE', str(glue)); monkeypatch.chdir(tmp_path)
-    assert cli.main([*words, '--dry_run']) == 0
-    planned = json.loads(capsys.readouterr().out)
-    flags = dict(zip(words[1::2], words[2::2]))
-    assert planned['data']['rows'] == 2490 and planned['seed'] == int(flags['--seed'])
-    assert planned['optimiser']['student']['lr'] == float(flags['--lr'])
-    assert planned['schedule']['student'] == dict(warmup_step=int(flags['--warmup_step']), total_step=int(flags['--total_step']))
-    if words[0] != 'run_fine_tune':
-        assert len(planned['missing']) == 1 and 'teacher_huggingface' in planned['missing'][0]
-        assert planned['teacher']['num_hidden_layers'] == 12 and len(planned['mapping']['reads']) == int(flags['--num_hidden_layers'])
-        assert planned['loss']['mu'] == float(flags['--mu'])
-        if '--gate_lr' in flags: assert planned['optimiser']['gates']['lr'] == float(flags['--gate_lr'])
-    assert not list(tmp_path.iterdir())
-
-
+@needs_book
 def test_in_order_on_the_real_rte(glue, tmp_path, monkeypatch, capsys):
     """Teacher, all distillations, scores on train and dev, predictions."""
     (tmp_path/'data').mkdir(); (tmp_path/'data'/'fine_tune').symlink_to(glue)   # where the run book puts it
@@ -65,9 +218,11 @@ def test_in_order_on_the_real_rte(glue, tmp_path, monkeypatch, capsys):
         assert cli.main(line) == 0, f"{line}: {capsys.readouterr().err}"
         folder = Path('experiments')/f"{flags['--experiment']}_bert_rte"
         assert (folder/'model.safetensors').is_file()
-        if words[0] in cli._training: assert sorted(p.name for p in folder.glob('checkpoint-*')) == ['checkpoint-2', 'checkpoint-3']
+        saved = ['checkpoint-2', 'checkpoint-3']
+        if words[0] in cli._training: assert sorted(p.name for p in folder.glob('checkpoint-*')) == saved
     scored = Path('experiments')/'LAD_soft_3_26_bert_rte'
     for split in ('train', 'dev'): assert list(pd.read_csv(scored/f'eval-{split}.csv').step) == [2, 3]
     predictions = (scored/'predictions'/'checkpoint-3'/'RTE.tsv').read_text().splitlines()
-    assert len(predictions) == 3001 and {line.split('\t')[1] for line in predictions[1:]} <= {'entailment', 'not_entailment'}
+    answers = {line.split('\t')[1] for line in predictions[1:]}
+    assert len(predictions) == 3001 and answers <= {'entailment', 'not_entailment'}
     assert len([p for p in Path('experiments').iterdir() if p.is_dir()]) == 8
