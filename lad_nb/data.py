@@ -512,7 +512,7 @@ def load_tokenizer(
     except (OSError, ValueError): raise
     except Exception as e: # tokenizers raises nothing finer
         raise ValueError(f"The tokenizer in {folder} does not load: {' '.join(str(e).split()):.300}") from e
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(f"{folder} has no tokenizer, or an empty one: every word would be unknown. Copy tokenizer.json "
                          "and tokenizer_config.json there, from the encoder that the model was fine-tuned from.")
     check_vocabulary(tokenizer, read_json(folder/'config.json').get('vocab_size'), folder)
