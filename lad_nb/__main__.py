@@ -27,12 +27,4 @@ def main(
     return code
 
 # %% ../nbs/12b_main.ipynb #d19a8600
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and globals().get('__package__'): sys.exit(main()) # python -m lad_nb, and no notebook
