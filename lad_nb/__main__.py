@@ -22,9 +22,9 @@ def main(
     if before != signal.SIG_IGN: signal.signal(signal.SIGINT, _leave) # nohup and the like keep their word
     from lad_nb.cli import main as run
     signal.signal(signal.SIGINT, before)
-    return run(argv)
+    code = run(argv)
+    if code == 130: signal.signal(signal.SIGINT, signal.SIG_IGN) # on the way out: Ctrl-C again would end in a traceback
+    return code
 
 # %% ../nbs/12b_main.ipynb #d19a8600
-#| eval: false
-#| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and globals().get('__package__'): sys.exit(main()) # python -m lad_nb, and no notebook

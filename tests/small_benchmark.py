@@ -1,8 +1,8 @@
 """`lad-nb benchmark` on the smallest shape, for as many rounds as it takes to be interrupted."""
 import sys
 
+from lad_nb.__main__ import main
 from lad_nb.benchmark import shapes
-from lad_nb.cli import main
 
 shapes['small'] = shapes['tiny']
 sys.exit(main('benchmark --shape small --task toy --rounds 10000 --updates 1 --rows 64 --max_seq_len 32 --device_id -1'.split()))
