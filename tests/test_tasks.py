@@ -31,7 +31,7 @@ def test_best_by_each_metric(tmp_path, capsys):
     """MRPC and QQP have two, and each names its own best checkpoint."""
     write_folder(tmp_path, 'mrpc')
     few = dict(task='mrpc', data_dir=str(tmp_path), max_seq_len=32, batch_size=8, total_step=4, ckpt_step=1)
-    recipe = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=1e-3, warmup_step=1, log_step=1, device_id=-1, **few)
+    recipe = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=1e-3, warmup_step=1, device_id=-1, **few)
     folder = run(recipe, tmp_path/'e', progress=False)
     flags = f'--experiment teacher --task mrpc --device_id -1 --root {tmp_path/"e"}'
     assert cli.main(['run_fine_tune_eval', *flags.split()]) == 0
