@@ -8,6 +8,8 @@ import torch
 
 from lad_nb.analysis import (CKA, calibrated, contributions_by_example, contributions_by_step, contributions_by_token, gate_contributions, gate_openness, interval, layer_cka, layer_map,
                              linear_probes, loss_parts, open_with_teacher, paired_differences, passes, seed_differences, summarise, teacher_agreement, token_classes)
+from lad_nb import cli
+from lad_nb.analysis import dev_losses
 from lad_nb.data import SMALL, load_task, load_tokenizer
 from lad_nb.evaluation import evaluate
 from lad_nb.recipes import build, open_run, run
@@ -225,6 +227,73 @@ def test_runs_without_a_teacher_are_held_against_one(experiments, lad):
     assert itself.same == 1 and itself.kl == pytest.approx(0, abs=1e-9)
     assert set(loss_parts(folder).query('weighted != 0').part) == {'loss', 'hard'}
     with pytest.raises(ValueError, match='has a teacher of its own'): open_with_teacher(run(lad.replace(experiment='own', total_step=1), experiments, progress=False), teacher=teacher)
+
+
+def test_dev_losses_are_means_over_rows(experiments, lad, tmp_path, capsys):
+    """Held against a loop by hand, row by row. The last batch has two short rows, of the other label."""
+    long = ['a man saw the small dog\ta man saw a dog\tentailment']*8
+    short = ['a cat\ta dog\tnot_entailment']*2
+    rows = [f'{i}\t{row}' for i, row in enumerate(long + short)]
+    (tmp_path/'dev.tsv').write_text('\n'.join(['index\tsentence1\tsentence2\tlabel', *rows, '']))
+    folder = run(lad.replace(experiment='curves'), experiments, progress=False)
+    flags = '--experiment curves --task toy --batch_size 8 --device_id -1'
+    weights = f'--softmax_temp 3 --soft_weight .25 --hard_weight 2 --data_dir {tmp_path} --root {experiments}'
+    assert cli.main(['eval_dev_loss', *flags.split(), *weights.split()]) == 0, capsys.readouterr().err
+    table = pd.read_csv(folder/'dev-loss.csv')
+    assert list(table.columns) == ['step', 'split', 'rows', 'hard', 'soft', 'loss']
+    assert list(table.step) == [2, 4] and set(table.rows) == {10} and set(table.split) == {'dev'}
+    for row in table.itertuples():
+        distiller, tokenizer, recipe = open_run(folder, row.step)
+        examples = load_task('toy', 'dev', str(tmp_path))
+        hard, soft = zip(*(losses_of_a_row(distiller, tokenizer, e, tau=3) for e in examples))
+        assert row.hard == pytest.approx(np.mean(hard), rel=1e-6)
+        assert row.soft == pytest.approx(np.mean(soft), rel=1e-4)
+        assert row.hard != pytest.approx((np.mean(hard[:8]) + np.mean(hard[8:]))/2, rel=1e-4)
+        assert row.loss == pytest.approx(2*row.hard + .25*row.soft, rel=1e-9)
+    assert table.hard[0] != table.hard[1] and (table.soft > 0).all()
+    events = event_files(folder/'tensorboard'/'losses')
+    drawn = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()['scalars']}
+    assert set(drawn) == {'dev/hard', 'dev/soft', 'dev/loss'}
+    assert [v for _, v in drawn['dev/soft']] == pytest.approx(list(table.soft), rel=1e-6)
+    assert [s for s, _ in drawn['dev/loss']] == [2, 4]
+
+
+def event_files(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+@torch.no_grad()
+def losses_of_a_row(distiller, tokenizer, example, tau):
+    """Cross-entropy and tempered divergence of one row, term by term."""
+    row = tokenizer(example['sentence1'], example['sentence2'], return_tensors='pt')
+    student, teacher = (model(**row).logits[0].double() for model in (distiller.student, distiller.teacher))
+    p, q = ((x/tau).exp()/(x/tau).exp().sum() for x in (teacher, student))
+    hard = student.exp().sum().log() - student[example['label']]
+    return hard.item(), tau**2*sum(a*(a.log() - b.log()) for a, b in zip(p, q)).item()
+
+
+def test_dev_losses_without_and_with_a_teacher(experiments, lad, capsys):
+    """Nobody taught: the hard loss alone. A teacher that is named is asked."""
+    plain = lad.replace(experiment='alone', method='undistilled', teacher_exp=None)
+    folder = run(plain.replace(ptrain_ver=str(experiments/'encoder')), experiments, progress=False)
+    alone = dev_losses(folder, batch_size=500, device_id=-1)
+    assert alone.soft.isna().all() and alone.loss.tolist() == alone.hard.tolist()
+    def said(more):
+        flags = f'--experiment alone --task toy --batch_size 500 --device_id -1 --root {experiments} {more}'
+        return cli.main(['eval_dev_loss', *flags.split()]), capsys.readouterr().err
+    code, err = said('--soft_weight .5')
+    assert code == 2 and 'Name one' in err
+    assert 'name that with --teacher_exp' in said('--tckpt 4')[1]
+    assert 'no experiment nobody' in said('--texperiment nobody')[1]
+    assert said('--texperiment teacher --tckpt 4')[0] == 0
+    taught = pd.read_csv(folder/'dev-loss.csv')
+    assert (taught.soft > 0).all() and taught.hard.tolist() == pytest.approx(alone.hard.tolist())
+    assert taught.loss.tolist() == pytest.approx((.3*taught.hard + .7*taught.soft).tolist())
+    assert len(list((folder/'tensorboard'/'losses').iterdir())) == 1   # what was there before is gone
+    with pytest.raises(ValueError, match='no labels to score against'): dev_losses(folder, 'test')
 
 
 def test_a_probe_reads_what_is_there_and_no_more(experiments):

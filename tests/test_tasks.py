@@ -27,6 +27,20 @@ def write_folder(folder, task, rows=24):
         (folder/f'{split}.tsv').write_text('\n'.join(lines) + '\n')
 
 
+def test_best_by_each_metric(tmp_path, capsys):
+    """MRPC and QQP have two, and each names its own best checkpoint."""
+    write_folder(tmp_path, 'mrpc')
+    few = dict(task='mrpc', data_dir=str(tmp_path), max_seq_len=32, batch_size=8, total_step=4, ckpt_step=1)
+    recipe = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=1e-3, warmup_step=1, device_id=-1, **few)
+    folder = run(recipe, tmp_path/'e', progress=False)
+    flags = f'--experiment teacher --task mrpc --device_id -1 --root {tmp_path/"e"}'
+    assert cli.main(['run_fine_tune_eval', *flags.split()]) == 0
+    table, said = pd.read_csv(folder/'eval-dev.csv'), capsys.readouterr().out
+    for metric in ('f1', 'accuracy'):
+        best = table.step[table[metric].to_numpy().argmax()]   # the earlier of equals
+        assert f'best {metric} on dev: checkpoint {best}, ' in said
+
+
 @pytest.mark.parametrize('task, columns, files', [
     ('stsb', ['step', 'pearson', 'spearman'], ['STS-B.tsv']),
     ('mnli', ['step', 'accuracy_matched', 'accuracy_mismatched'], ['MNLI-m.tsv', 'MNLI-mm.tsv']),
