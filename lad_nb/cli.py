@@ -121,6 +121,7 @@ def make_parser(
         p.add_argument('--dataset', default='dev' if evaluating else 'test', help='split')
         p.add_argument('--data_dir', help="folder of the task's TSV files; the run's by default")
         p.add_argument('--batch_size', type=int, default=256, help='examples at a time')
+        p.add_argument('--bad_rows', choices=['raise', 'skip'], help="lines with a wrong number of fields: as the run was told, by default")
         p.add_argument('--device_id', type=int, help='-1 is the CPU, else a CUDA index')
         if not evaluating:
             p.add_argument('--ckpt', type=int, help='update step of the checkpoint; the last by default')
@@ -214,8 +215,8 @@ def _train(command, args):
 
 def _evaluate(command, args):
     folder = experiment_folder(args.experiment, args.task, args.model, args.root)
-    show = lambda row: ', '.join(f'{m} {v:.4f}' for m, v in row.items() if m != 'step')
-    table = score_checkpoints(folder, args.task, args.dataset, args.data_dir, args.batch_size, args.device_id, each=lambda step, scores: print(f'checkpoint {step}: {show(scores)}', flush=True))
+    show = lambda row: ', '.join(f'{m} {v:.4f}' for m, v in row.items() if m not in ('step', 'left_out')) + (f", {row['left_out']:.0f} lines left out" if row.get('left_out') else '')
+    table = score_checkpoints(folder, args.task, args.dataset, args.data_dir, args.batch_size, args.device_id, each=lambda step, scores: print(f'checkpoint {step}: {show(scores)}', flush=True), bad_rows=args.bad_rows)
     best = best_checkpoint(table)
     print(f"best on {args.dataset}: checkpoint {int(best['step'])}, {show(best)}\n{folder/f'eval-{args.dataset}.csv'}")
 
@@ -223,7 +224,7 @@ def _predict(command, args):
     folder = experiment_folder(args.experiment, args.task, args.model, args.root)
     checkpoint = find_checkpoint(folder, args.ckpt)
     files = write_predictions(checkpoint, args.task, args.out or folder/'predictions'/checkpoint.name, args.data_dir or run_setting(folder, 'data_dir'),
-                              run_setting(folder, 'max_seq_len', 128), args.batch_size, args.device_id, args.dataset)
+                              run_setting(folder, 'max_seq_len', 128), args.batch_size, args.device_id, args.dataset, args.bad_rows)
     print('\n'.join(map(str, files)))
 
 def _rerun(command, args): print(rerun(args.folder, args.experiment, args.resume))

@@ -38,7 +38,7 @@ class Recipe:
     dataset: str = _f('train', 'split to train on')
     train_size: int = _f(None, 'train on so many rows only, drawn with sample_seed')
     sample_seed: int = _f(0, 'seed of that draw, the same for every run')
-    bad_rows: str = _f('raise', "training lines with a wrong number of fields: raise, or skip with a warning that counts them")
+    bad_rows: str = _f('raise', "lines with a wrong number of fields, in training and scoring: raise, or skip with a warning that counts them")
     teacher: str = _f(None, "the teacher's folder or hub id, instead of teacher_exp, tmodel and tckpt")
     teacher_exp: str = _f(None, 'experiment of the teacher')
     tmodel: str = _f('bert', "teacher's kind of model")
