@@ -47,11 +47,11 @@ def open_with_teacher(
         distiller = Distiller(distiller.student, load_classifier(teacher, recipe.task)).eval()
     return distiller, tokenizer, recipe
 
-def _rows(run, split, data_dir, rows):
+def _rows(run, split, data_dir, rows, bad_rows=None):
     "The first rows of a split, encoded; of the training split, of those rows that the run was trained on"
     _, tokenizer, recipe = run
-    task, draw = get_task(recipe.task), (recipe.train_size, recipe.sample_seed, recipe.bad_rows) if split == recipe.dataset else ()
-    data = load_task(task, split or task.dev[0], data_dir or recipe.data_dir, *draw)
+    task, draw = get_task(recipe.task), (recipe.train_size, recipe.sample_seed) if split == recipe.dataset else ()
+    data = load_task(task, split or task.dev[0], data_dir or recipe.data_dir, *draw, bad_rows=bad_rows or recipe.bad_rows)
     if rows is not None and rows < 1: raise ValueError(f"rows is {rows}; at least 1 was expected, or None for all {len(data)}.")
     return encode(data if rows is None else data.select(range(min(rows, len(data)))), tokenizer, recipe.max_seq_len)
 
@@ -64,12 +64,13 @@ def passes(
     batch_size: int=32,  # rows at a time
     device_id: int=None, # as in `training.pick_device`
     student: bool=True,  # False: leave the student out, where only gates matter
+    bad_rows: str=None,  # as in `evaluation.evaluate`
 ):                       # yields a batch (input_ids, attention_mask, .. (B, S)) and its DistilOutput
     "A run's models over a slice of a split, batch by batch, with every state"
     distiller, tokenizer, recipe = run
     device = pick_device(device_id)
     gates = distiller.to(device).objective.gates
-    for batch in DataLoader(_rows(run, split, data_dir, rows), batch_size, collate_fn=collator(tokenizer, recipe.padding, recipe.max_seq_len)):
+    for batch in DataLoader(_rows(run, split, data_dir, rows, bad_rows), batch_size, collate_fn=collator(tokenizer, recipe.padding, recipe.max_seq_len)):
         batch = {k: v.to(device) for k, v in batch.items()}
         given = {k: batch[k] for k in ('input_ids', 'attention_mask', 'token_type_ids')}
         if student: out = distiller(**given, labels=batch.get('labels', torch.zeros_like(given['input_ids'][:, 0])), output_states=True) # a test split has no labels: its loss means nothing
@@ -173,10 +174,11 @@ def gate_contributions(
     rows: int=256,       # of that split, from its start; None: all
     batch_size: int=32,  # rows at a time
     device_id: int=None, # as in `training.pick_device`
+    bad_rows: str=None,  # as in `evaluation.evaluate`
 ) -> pd.DataFrame:       # gate, layer, share (mean over examples), sd (over examples), examples
     "The share of every teacher layer in every gate's aggregate"
     run = _with_gates(folder, step)
-    found, _ = _shares(run, split=split, data_dir=data_dir, rows=rows, batch_size=batch_size, device_id=device_id)
+    found, _ = _shares(run, split=split, data_dir=data_dir, rows=rows, batch_size=batch_size, device_id=device_id, bad_rows=bad_rows)
     return pd.DataFrame(_tidy(found[None, 'all'], run[0].mapping.gates))
 
 # %% ../nbs/09_analysis.ipynb #32065d71
@@ -366,13 +368,13 @@ def linear_probes(
     C: float=.1,           # inverse strength of the L2 penalty, as scikit-learn's; ridge takes alpha = 1/C
     teacher: str=None,     # as in `open_with_teacher`
     split: str=None,       # to score on; the first dev split by default
-    data_dir: str=None, batch_size: int=32, device_id: int=None, # as in `gate_contributions`
+    data_dir: str=None, batch_size: int=32, device_id: int=None, bad_rows: str=None, # as in `gate_contributions`
 ) -> pd.DataFrame:         # kind (teacher, gate, student), layer, on, metric, value, baseline (majority class; 0 for a regression), train, dev (rows)
     "How well the task's label can be read from every layer and gate"
     run = open_with_teacher(folder, step, teacher)
     task = get_task(run[2].task)
     if unknown := set(on) - set(_pools): raise ValueError(f"on has {', '.join(map(repr, sorted(unknown)))}; 'cls' and 'mean' are allowed.")
-    which = dict(data_dir=data_dir, batch_size=batch_size, device_id=device_id)
+    which = dict(data_dir=data_dir, batch_size=batch_size, device_id=device_id, bad_rows=bad_rows)
     (x, y), (x_dev, y_dev) = _pooled(run, on, split=run[2].dataset, rows=train_rows, **which), _pooled(run, on, split=split or task.dev[0], rows=rows, **which)
     if not task.regression and len(set(y)) < 2: raise ValueError(f"The first {len(y)} training rows have one label only: nothing to tell apart. Take more train_rows.")
     def scores(model, key):
@@ -393,13 +395,14 @@ def teacher_agreement(
     batch_size: int=256, # rows at a time
     teacher: str=None,   # as in `open_with_teacher`
     device_id: int=None, # as in `training.pick_device`
+    bad_rows: str=None,  # as in `evaluation.evaluate`
 ) -> pd.DataFrame:       # step, same (share of rows), kl (nats), examples; for a regression step, mse, pearson, examples
     "Predictions of teacher and student held against each other"
     run = open_with_teacher(folder, None, teacher)
     distiller, tokenizer, recipe = run
     if distiller.teacher is None: raise ValueError(f"{folder} learned from no teacher. Name the folder of one to compare with: teacher='..'.")
     places = {step: find_checkpoint(folder, step) for step in (checkpoints(folder) if steps is None else steps)}
-    data = _rows(run, split, data_dir, rows)
+    data = _rows(run, split, data_dir, rows, bad_rows)
     said = predict(distiller.teacher, data, tokenizer, batch_size, device_id)
     compare = _regressions if get_task(recipe.task).regression else _predictions
     return pd.DataFrame([dict(step=step) | compare(said, predict(load_classifier(place, recipe.task), data, tokenizer, batch_size, device_id)) | dict(examples=len(data)) for step, place in places.items()])

@@ -97,7 +97,7 @@ def pairs(
 
 _types = {int: whole, float: number, tuple: indices}
 
-_asked = {'task', 'experiment', 'dataset', 'batch_size', 'model', 'data_dir', 'device_id'}
+_asked = {'task', 'experiment', 'dataset', 'batch_size', 'model', 'data_dir', 'bad_rows', 'device_id'}
 _evaluations = dict( # command: the fields of an `Evaluation` that are its flags
     run_fine_tune_eval=_asked, generate_test_prediction=_asked | {'ckpt'},
     eval_dev_loss={f.name for f in fields(Evaluation)} - {'command', 'ckpt'})
@@ -243,10 +243,12 @@ def _evaluation(command, args):
 def _asked_of(asked, root): return experiment_folder(asked.experiment, asked.task, asked.model, root)
 
 def _evaluate(asked, folder, args):
-    show = lambda row: ', '.join(f'{m} {v:.4f}' for m, v in row.items() if m != 'step')
+    def show(row):
+        scores = ', '.join(f'{m} {v:.4f}' for m, v in row.items() if m not in ('step', 'left_out'))
+        return scores + (f", {row['left_out']:.0f} lines left out" if row.get('left_out') else '')
     each = lambda step, scores: _say(f'checkpoint {step}: {show(scores)}')
     table = score_checkpoints(folder, asked.task, asked.dataset, asked.data_dir, asked.batch_size,
-                              asked.device_id, each)
+                              asked.device_id, each, asked.bad_rows)
     metrics = get_task(asked.task).metrics
     for metric in metrics:
         best = best_checkpoint(table, metric)
@@ -259,7 +261,7 @@ def _predict(asked, folder, args):
     out = args.out or folder/'predictions'/checkpoint.name
     data_dir = asked.data_dir or run_setting(folder, 'data_dir')
     files = write_predictions(checkpoint, asked.task, out, data_dir, run_setting(folder, 'max_seq_len', 128),
-                              asked.batch_size, asked.device_id, asked.dataset)
+                              asked.batch_size, asked.device_id, asked.dataset, asked.bad_rows)
     _say(*files)
 
 def _dev_loss(asked, folder, args):

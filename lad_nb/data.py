@@ -108,7 +108,7 @@ def read_tsv(
     "The rows of one raw GLUE file; `ValueError` names file, line and what was expected"
     return list(_rows(path, task, labelled, bad_rows))
 
-def _rows(path, task, labelled, bad_rows):
+def _rows(path, task, labelled, bad_rows, left_out=None):
     "The same, one after another"
     task, path = get_task(task), Path(path)
     if bad_rows not in ('raise', 'skip'): raise ValueError(f"bad_rows is {bad_rows!r}; it is 'raise' or 'skip'.")
@@ -132,6 +132,7 @@ def _rows(path, task, labelled, bad_rows):
         if labelled: out['label'] = _label(task, row[task.label_column], f'{path}, line {n}')
         yield out | {'idx': idx}
         idx += 1
+    if left_out is not None: left_out += skipped
     if skipped: warnings.warn(f"{path}: left out {len(skipped)} lines with a wrong number of fields, the first at {skipped[:5]}.")
     if not idx: raise ValueError(f"{path} has a header and no rows.")
 
@@ -284,12 +285,12 @@ def features(task):
     label = Value('float32') if task.regression else ClassLabel(names=list(task.labels))
     return Features({f'sentence{i + 1}': Value('string') for i in range(len(task.columns))} | {'label': label, 'idx': Value('int64')})
 
-def _from_folder(task, folder, split, bad_rows):
+def _from_folder(task, folder, split, bad_rows, left_out):
     path = folder/f'{split}.tsv'
     if not path.is_file(): raise FileNotFoundError(f"There is no file {path}. A {task.name} folder holds {', '.join(f'{s}.tsv' for s in splits(task))}.")
     names = features(task)
     if split in task.test: names.pop('label')
-    rows = _rows(path, task, split not in task.test, bad_rows)
+    rows = _rows(path, task, split not in task.test, bad_rows, left_out)
     return Dataset.from_list(list(rows), features=names) if path.stat().st_size <= _in_memory else _from_arrow(path, task, split, bad_rows, rows, names)
 
 _in_memory = 2**25 # bytes of a TSV file; the rows of a larger one stay on disk
@@ -341,13 +342,14 @@ def load_task(
     size: int=None,       # keep only so many rows, drawn with `sample_seed` (SST-2's 8,000, say)
     sample_seed: int=0,   # the draw's own seed, so that runs of different seeds see the same rows
     bad_rows: str='raise', # as in `read_tsv`
+    left_out: list=None,  # gets the numbers of the lines that were skipped
 ) -> Dataset:             # columns sentence1, (sentence2,) label, idx
     "One split of a task; raises before anything is downloaded or written when a name is wrong"
     task = get_task(task)
     if split not in splits(task): raise ValueError(f"{task.name} has no split {split!r}. Its splits are: {', '.join(splits(task))}.")
     folder = find_data(task, data_dir)
     if task.name == 'toy' and data_dir is None: data = _toy_split(split)
-    elif folder is not None: data = _from_folder(task, folder, split, bad_rows)
+    elif folder is not None: data = _from_folder(task, folder, split, bad_rows, left_out)
     else: data = _from_hub(task, split)
     if size is None: return data
     if not 0 < size <= len(data): raise ValueError(f"size is {size}; the {split} split of {task.name} has {len(data)} rows, so 1 to {len(data)} is allowed.")

@@ -154,7 +154,9 @@ def _twice(path, first, second, one, other):
 def _line(job, folder, held_out=0):
     "What is kept of a run"
     recipe, teacher = recipe_from_dict(job['recipe']), run_description(folder).get('teacher')
-    return {k: job[k] for k in ('study', 'stage', 'task', 'method', 'seed', 'recipe')} | dict(teacher_sha256=teacher and teacher['sha256'][:16], scores=_scores(folder, recipe, held_out), finished=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+    scores = _scores(folder, recipe, held_out)
+    left_out = {k: scores.pop(k) for k in ('left_out',) if k in scores} # lines of the dev set: no metric
+    return {k: job[k] for k in ('study', 'stage', 'task', 'method', 'seed', 'recipe')} | dict(teacher_sha256=teacher and teacher['sha256'][:16], scores=scores, **left_out, finished=datetime.now(timezone.utc).isoformat(timespec='seconds'),
         versions=versions() | dict(processor=_processor()), code=code_version())
 
 def _one(job, root, results, wait=False):
@@ -332,6 +334,7 @@ class _Pace:
         seconds = sum(np.mean(self.times.get(t, known)) for t in self.left)/self.processes
         what = f"lr {line['recipe']['lr']:g}" if job['stage'] == 'tune' else f"seed {job['seed']}"
         scores = ', '.join(f'{m} {v:.3f}' for m, v in line['scores'].items())
+        if line.get('left_out'): scores += f", {line['left_out']} lines left out"
         end = f", about {timedelta(seconds=round(seconds))}, ends {datetime.now() + timedelta(seconds=seconds):%H:%M}" if self.left else ''
         return f"[{self.all - len(self.left)}/{self.all}] {job['task']} {job['method']} {what}: {scores} in {line['seconds']:.0f} s; {len(self.left)} left{end}"
 

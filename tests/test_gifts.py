@@ -8,13 +8,14 @@ import pandas as pd
 import pytest
 
 from lad_nb import cli
+from lad_nb.analysis import teacher_agreement
 from lad_nb.cache import teacher_cache
 from lad_nb.data import encode, load_task, load_tokenizer, open_task, tasks, write_task
 from lad_nb.durable import append_line, check_links, write_text
-from lad_nb.evaluation import score_checkpoints
+from lad_nb.evaluation import costs, evaluate, score_checkpoints
 from lad_nb.recipes import Recipe, open_run, run
 from lad_nb.students import load_classifier, random_bert
-from lad_nb.study import append_result
+from lad_nb.study import Study, append_result, read_results, run_study
 from lad_nb.training import find_checkpoint
 
 pytestmark = pytest.mark.faults
@@ -200,3 +201,79 @@ def test_a_folder_with_files_of_ones_own(tmp_path):
         give(overwrite=True)
         assert (tmp_path/'notes.txt').read_text() == 'mine'
     finally: tasks.pop('mood', None)
+
+
+def spoil(folder, split, lines=('torn', 'too\tmany\tfields\there')):
+    """Lines with a wrong number of fields at the end of a file."""
+    with open(folder/f'{split}.tsv', 'a') as f: f.write(''.join(f'{line}\n' for line in lines))
+
+
+def told(folder, bad_rows):
+    """The run, told otherwise than it was."""
+    path = folder/'recipe.json'
+    said = json.loads(path.read_text())
+    said['recipe']['bad_rows'] = bad_rows
+    path.write_text(json.dumps(said))
+
+
+def test_bad_dev_lines_are_left_out_and_counted(done, mood, capsys):
+    """A run that was told to skip them is scored so, by every way, without a flag; the count stands beside the score."""
+    folder, _ = done
+    whole = evaluate(folder, 'mood', 'dev', mood, 16, device_id=-1)
+    spoil(mood, 'dev')
+    with pytest.warns(UserWarning, match='left out 2 lines'): assert evaluate(folder, 'mood', 'dev', mood, 16, device_id=-1) == whole | dict(left_out=2)
+    assert evaluate(folder/'checkpoint-1', 'mood', 'dev', mood, 16, device_id=-1)['left_out'] == 2
+    assert score_checkpoints(folder, 'mood', device_id=-1).left_out.tolist() == [2, 2]
+    assert pd.read_csv(folder/'eval-dev.csv').columns.tolist() == ['step', 'accuracy', 'left_out']
+    costs(dict(t=folder), 'mood', mood, 16, rounds=1)
+    assert len(_analysis(folder)) == 2
+    capsys.readouterr()
+    assert cli.main(f'run_fine_tune_eval --experiment t --task mood --root {folder.parent} --device_id -1'.split()) == 0
+    said = capsys.readouterr()
+    assert said.out.count(', 2 lines left out') == 3 and 'left out 2 lines' in said.err
+
+
+def _analysis(folder, **how): return teacher_agreement(folder, teacher=str(folder), device_id=-1, **how)
+
+
+def test_a_run_that_was_not_told_refuses_them_and_the_flag_is_there(done, mood, capsys):
+    """As training: the way out that the error names is one that the command has."""
+    folder, _ = done
+    told(folder, 'raise'); spoil(mood, 'dev')
+    for deed in (lambda **how: evaluate(folder, 'mood', 'dev', mood, 16, device_id=-1, **how), lambda **how: score_checkpoints(folder, 'mood', device_id=-1, **how),
+                 lambda **how: costs(dict(t=folder), 'mood', mood, 16, rounds=1, **how), lambda **how: _analysis(folder, **how)):
+        with pytest.raises(ValueError, match=r"dev.tsv, line 11: 1 fields; .*bad_rows='skip' \(--bad_rows skip"): deed()
+        deed(bad_rows='skip')
+    command = f'run_fine_tune_eval --experiment t --task mood --root {folder.parent} --device_id -1'
+    capsys.readouterr()
+    assert cli.main(command.split()) == 2 and '--bad_rows skip' in capsys.readouterr().err
+    assert cli.main(f'{command} --bad_rows skip'.split()) == 0 and '2 lines left out' in capsys.readouterr().out
+    told(folder, 'skip')
+    assert cli.main(f'{command} --bad_rows raise'.split()) == 2
+
+
+@pytest.mark.parametrize('bad_rows', [[], ['--bad_rows', 'skip'], ['--bad_rows', 'raise']])
+@pytest.mark.parametrize('split', ['test', 'dev'])
+def test_a_file_of_predictions_leaves_no_line_out(done, mood, capsys, bad_rows, split):
+    """Every answer after it would stand at another line's number."""
+    folder, _ = done
+    spoil(mood, split)
+    command = f'generate_test_prediction --experiment t --task mood --root {folder.parent} --device_id -1 --dataset {split}'
+    assert cli.main([*command.split(), *bad_rows]) == 2
+    said = capsys.readouterr().err
+    assert ('line 9:' in said or 'line 11:' in said) if 'raise' in bad_rows else 'would move all answers after it' in said
+    assert not (folder/'predictions').exists()
+
+
+def test_a_study_counts_what_was_left_out(mood, tmp_path):
+    """Beside the scores, not among them: no metric of that name."""
+    encoder = str(random_bert(tmp_path/'encoder', num_attention_heads=12))
+    few = dict(task='mood', data_dir=str(mood), bad_rows='skip', max_seq_len=16, batch_size=8, total_step=1, warmup_step=0, ckpt_step=1,
+               device_id=-1, ptrain_ver=encoder)
+    plain = Study('s', Recipe('s', num_hidden_layers=2, **few), teachers=dict(mood=Recipe('teacher', method='fine_tune', **few)),
+                  tasks=dict(mood={}), methods=dict(undistilled=dict(method='undistilled')), seeds=(1,), looks=())
+    spoil(mood, 'dev')
+    said = []
+    table = run_study(plain, tmp_path/'root', tmp_path/'results', say=said.append)
+    assert table.metric.tolist() == ['accuracy'] and [l['left_out'] for l in read_results(tmp_path/'results')] == [2, 2]
+    assert ', 2 lines left out in' in said[-1]
