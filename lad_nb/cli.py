@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 import transformers
-from matplotlib.figure import Figure
 
 from .analysis import gate_shares
 from .benchmark import benchmark, benchmark_table, shapes
@@ -47,9 +46,9 @@ def quickstart(
     table.insert(0, 'dev accuracy', [evaluate(f, 'toy', max_seq_len=_few['max_seq_len'])['accuracy'] for f in folders.values()])
     table.to_csv(root/'table.csv')
     pairs = {p.source.k: p.student for p in mapping_of(_student, 6).pairs if isinstance(p.source, Gate)}
-    figure = Figure(figsize=(4.8, 2.5), layout='constrained') # room for the numbers
-    plot_gate_shares(gate_shares(folders['student']), figure.subplots(), 'Quickstart: what arrives in each gate from each teacher layer', pairs)
-    figure.savefig(root/'gate_shares.png', dpi=200)
+    ax = plot_gate_shares(gate_shares(folders['student']), title='Quickstart: what arrives in each gate from each teacher layer', pairs=pairs)
+    ax.figure.set_size_inches(4.4, 2.4) # room for the numbers
+    ax.figure.savefig(root/'gate_shares.png', dpi=200)
     return table
 
 # %% ../nbs/12_cli.ipynb #3a717832
