@@ -14,12 +14,12 @@ from pathlib import Path
 import pandas as pd
 import transformers
 
-from .analysis import dev_losses, gate_contributions
+from .analysis import dev_losses, gate_shares
 from .benchmark import benchmark, benchmark_table, shapes
 from .data import SMALL, get_task, open_task
 from .evaluation import best_checkpoint, costs, evaluate, run_setting, score_checkpoints, write_predictions
 from .mappings import Gate
-from .plots import plot_contributions
+from .plots import plot_gate_shares
 from .recipes import (FAITHFUL, FAST, OURS, Evaluation, Recipe, faithful, mapping_of, plan, plan_evaluation, rerun,
                             run, teacher_folder)
 from .training import experiment_folder, find_checkpoint
@@ -37,7 +37,7 @@ def quickstart(
     resume: bool=False,     # go on in a folder that exists
     progress: bool=True,    # show progress bars
 ) -> pd.DataFrame:          # teacher, student, undistilled: dev accuracy, parameters, ms a sentence, MB on disk
-    "Teacher, LAD student and undistilled student on the toy task; leaves run folders, table.csv and contributions.png"
+    "Teacher, LAD student and undistilled student on the toy task; leaves run folders, table.csv and gate_shares.png"
     root = Path(root)
     if root.exists() and any(root.iterdir()) and not resume: raise FileExistsError(f"{root} exists. Go on in it (--resume), name another folder (--root), or delete it.")
     folders = {}
@@ -49,8 +49,9 @@ def quickstart(
     table.insert(0, 'dev accuracy', [evaluate(f, 'toy', max_seq_len=_few['max_seq_len'])['accuracy'] for f in folders.values()])
     table.to_csv(root/'table.csv')
     pairs = {p.source.k: p.student for p in mapping_of(_student, 6).pairs if isinstance(p.source, Gate)}
-    ax = plot_contributions(gate_contributions(folders['student']), title='Quickstart: what each gate takes from each teacher layer', pairs=pairs)
-    ax.figure.savefig(root/'contributions.png', dpi=200)
+    ax = plot_gate_shares(gate_shares(folders['student']), title='Quickstart: what arrives in each gate from each teacher layer', pairs=pairs)
+    ax.figure.set_size_inches(4.4, 2.4) # room for the numbers
+    ax.figure.savefig(root/'gate_shares.png', dpi=200)
     return table
 
 # %% ../nbs/12_cli.ipynb #3a717832
@@ -319,7 +320,7 @@ def _rerun(command, args): _say(rerun(args.folder, args.experiment, args.resume,
 def _quickstart(command, args):
     table = quickstart(args.root, args.seed, args.resume)
     print('\n' + table.to_string(formatters={'dev accuracy': '{:.3f}'.format, 'parameters': '{:,}'.format, 'MB on disk': '{:.0f}'.format, 'ms a sentence': '{:.1f}'.format}))
-    _say('', Path(args.root)/'table.csv', f"{Path(args.root)/'contributions.png'}: what each gate takes from each teacher layer",
+    _say('', Path(args.root)/'table.csv', f"{Path(args.root)/'gate_shares.png'}: what arrives in each gate from each teacher layer",
          f"{Path(args.root)/'LAD_bert_toy'}: the student; transformers.pipeline('text-classification', '{Path(args.root)/'LAD_bert_toy'}') loads it")
 
 def _benchmark(command, args):

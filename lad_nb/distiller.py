@@ -8,13 +8,13 @@ __all__ = ['DistilOutput', 'Objective', 'check_weights', 'Distiller']
 # %% ../nbs/05_distiller.ipynb #45cc9894
 from dataclasses import dataclass
 
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .gates import Aggregates, GateChain, contributions
-from .losses import hard_loss, hidden_loss, soft_loss, widen
-from .mappings import Mapping, States
+from .gates import Aggregates, GateChain, gate_amounts, part_amounts, to_shares, widen
+from .losses import hard_loss, hidden_loss, soft_loss
+from .mappings import Gate, Mapping, States
 
 # %% ../nbs/05_distiller.ipynb #2807b0e3
 @dataclass
@@ -174,14 +174,59 @@ class Distiller(nn.Module):
         student_hidden = out.hidden_states[1:] if out.hidden_states is not None else []
         return self.objective(student_hidden, out.logits, teacher_hidden, teacher_logits, labels, attention_mask, output_states, tokens)
 
-    def contributions(self,
-        aggregates: Aggregates,      # `out.aggregates` of a forward pass with output_states=True
-        attention_mask: Tensor=None, # (B, S)
+    def gate_amounts(self,
+        out: DistilOutput,       # of a forward pass with output_states=True
+        what: str='content',     # 'content' or 'mixing'
+        by: str='projection',    # of content: 'projection' or 'norm'
+    ) -> Tensor:                 # (B, S, T, T + 1)
+        "What each gate takes from each layer, token by token; see `gates.gate_amounts`"
+        if not self.mapping.segments: raise ValueError(f"{self.mapping.name} has no gates.")
+        if out.teacher_hidden is None: raise ValueError("This output has no states. Ask for them: distiller(.., output_states=True).")
+        return gate_amounts(self.objective.gates, out.teacher_hidden, what, by, out.aggregates)
+
+    def mixing_weights(self,
+        out: DistilOutput,           # of a forward pass with output_states=True
+        attention_mask: Tensor=None, # (B, S): 1 for tokens that count
         per_example: bool=False,     # keep the batch axis
     ) -> Tensor:                     # (T, T) or (B, T, T)
-        "What each gate took from each layer; see `gates.contributions`"
-        if not self.mapping.segments: raise ValueError(f"{self.mapping.name} has no gates.")
-        return contributions(aggregates, self.mapping.segments, self.mapping.T, attention_mask, per_example)
+        "How each gate is set; see `gates.mixing_weights`"
+        return to_shares(self.gate_amounts(out, 'mixing'), attention_mask, per_example)[..., :-1]
+
+    def content_shares(self,
+        out: DistilOutput,           # of a forward pass with output_states=True
+        attention_mask: Tensor=None, # (B, S): 1 for tokens that count
+        by: str='projection',        # 'projection' or 'norm'
+        per_example: bool=False,     # keep the batch axis
+    ) -> Tensor:                     # (T, T + 1) or (B, T, T + 1); the last column is the norms' biases
+        "What arrives in each gate; see `gates.content_shares`"
+        return to_shares(self.gate_amounts(out, 'content', by), attention_mask, per_example)
+
+    @torch.no_grad()
+    def source_amounts(self,
+        out: DistilOutput,       # of a forward pass with output_states=True
+        what: str='content',     # 'content' or 'mixing'
+        by: str='projection',    # of content: 'projection' or 'norm'
+    ) -> dict:                   # {student layer: (B, S, T + 1)}: teacher layers and last the bias, for `gates.to_shares`
+        "What each student layer learns from is made of, token by token; for an attention, of weight times layer"
+        gates = self.gate_amounts(out, what, by) if self.mapping.segments else None
+        weights, targets = out.attention or {}, out.targets or [None]*len(self.mapping.pairs)
+        return {p.student: gates[:, :, p.source.k - 1] if isinstance(p.source, Gate)
+                else _layer_amounts(p.source, out.teacher_hidden, weights.get(p.student), target, what, by)
+                for p, target in zip(self.mapping.pairs, targets)}
+
+def _layer_amounts(source, layers, weights, target, what, by):
+    "(B, S, T + 1); equal weights where a source says none, and NaN where its target is not what they give"
+    T, told = len(layers), weights is not None
+    if not told:
+        weights = layers[0].new_zeros(1, 1, T)
+        weights[..., [k - 1 for k in source.layers(T)]] = 1/len(source.layers(T))
+    elif weights.dim() == 2: weights = weights.unsqueeze(1)
+    amounts = weights = widen(weights).expand(*layers[0].shape[:2], T)
+    if what == 'content':
+        parts = [w.unsqueeze(-1)*widen(h) for w, h in zip(weights.unbind(-1), layers)]
+        amounts = part_amounts(parts, by)
+        if not told and target is not None and (sum(parts) - target).norm() > .01*target.norm(): amounts.fill_(float('nan'))
+    return F.pad(amounts, (0, 1))
 
 def _check_fit(student, teacher, mapping):
     "Find a misfit of two configs and a mapping, and say both values and the remedy"

@@ -13,17 +13,19 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from filelock import FileLock
 
-from .analysis import contributions_by_step, contributions_by_token, gate_contributions, gate_openness, layer_cka, layer_map, linear_probes, loss_parts, paired_differences, teacher_agreement
+from .analysis import (gate_openness, gate_shares, layer_cka, layer_map, linear_probes, loss_parts, paired_differences,
+                       shares_by_step, shares_by_token, teacher_agreement)
 from .data import SMALL, encode, get_task, load_task, load_tokenizer
 from .durable import FolderInUse, append_line, end_with_parent, file_hash, lock_folder, remove_folder
 from .evaluation import evaluate, predict, score
+from .gates import measure_name
 from .mappings import mapping_from_dict
 from .recipes import FAST, Recipe, in_updates, recipe_from_dict, run, run_description
 from .students import load_classifier, random_bert
@@ -45,7 +47,7 @@ class Study:
     tuning_seed: int = 0  # of all tuning runs; none of the seeds above
     tuned_as: str = None  # the study whose tuning runs count, when it is another
     rates_of: tuple = None # (study, method): all methods here take the learning rates that were chosen for that one
-    looks: tuple = ('agreement', 'layer_map', 'contributions') # what is kept of every run, see `snapshot`
+    looks: tuple = ('agreement', 'layers_content', 'layers_mixing', 'gates_content', 'gates_mixing') # what is kept of every run, see `snapshot`
 
     def __post_init__(self):
         if not isinstance(self.lrs, dict): raise TypeError(f"lrs is {self.lrs!r}; it names the rates of each task: lrs={{{next(iter(self.tasks), 'sst2')!r}: (1e-4, 3e-4)}}, say.")
@@ -83,12 +85,12 @@ def _scores(folder, recipe, held_out):
     data = encode(held_out_rows(recipe, held_out), tokenizer, recipe.max_seq_len)
     return score(recipe.task, predict(load_classifier(folder, recipe.task), data, tokenizer, device_id=recipe.device_id), np.array(data['labels']))
 
+def _taken(taken, what, folder, step, **which): return taken(folder, what=what, rows=256, **which)
+
 _looks = dict( # name: what a run must have, and the frame
     agreement=('teacher', lambda f, n, **which: teacher_agreement(f, [n], **which).drop(columns='step')),
-    layer_map=('pairs', lambda f, n, **which: layer_map(f, rows=256, **which)),
-    contributions=('gates', lambda f, n, **which: gate_contributions(f, rows=256, **which)),
-    steps=('gates', lambda f, n, **which: contributions_by_step(f, rows=256, **which)),
-    tokens=('gates', lambda f, n, **which: contributions_by_token(f, rows=256, **which)),
+    **{f'{name}_{what}': (has, partial(_taken, taken, what)) for what in ('content', 'mixing') for name, has, taken in
+       (('layers', 'pairs', layer_map), ('gates', 'gates', gate_shares), ('steps', 'gates', shares_by_step), ('tokens', 'gates', shares_by_token))},
     openness=('gates', lambda f, n, **which: gate_openness(f, rows=256, **which)),
     cka=('teacher', lambda f, n, **which: layer_cka(f, rows=512, **which)),
     probes=('teacher', lambda f, n, **which: linear_probes(f, rows=None, **which)),
@@ -97,7 +99,7 @@ _looks = dict( # name: what a run must have, and the frame
 
 def snapshot(
     folder: str,    # a run folder
-    looks: tuple,   # names: agreement, layer_map, contributions; steps, tokens, openness, cka, probes, losses
+    looks: tuple,   # names: agreement, openness, cka, probes, losses; layers_, gates_, steps_ or tokens_, each with content or mixing
 ) -> dict:          # {name: {'columns', 'rows'}} of those that the run has something to show for
     "What a run learned from, as frames small enough to keep; on the dev set"
     if unknown := [n for n in looks if n not in _looks]: raise ValueError(f"There is no look {', '.join(unknown)}. Looks are: {', '.join(_looks)}.")
@@ -135,7 +137,7 @@ def read_results(
 ) -> list:        # of dicts; empty when nothing has run
     "The finished runs; a torn last line is left out, two lines of one run are an error"
     path, numbers = Path(results)/'runs.jsonl', {}
-    lines = read_log(path) if path.is_file() else []
+    lines = [_present(line) for line in read_log(path)] if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         if (key := _key(line)) and (first := numbers.setdefault(key, number)) != number:
             raise ValueError(_twice(path, first, number, lines[first - 1], line))
@@ -150,6 +152,12 @@ def _twice(path, first, second, one, other):
     return (f"{path}, lines {first} and {second}: two results of one run ({one['study']}, {one['stage']}: {one['task']}, "
             f"{one['method']}, seed {one['seed']}, lr {one['recipe']['lr']:g}); {scores}. Neither is taken: delete the line that "
             "you do not want, or both, and the study does the run again.")
+
+_present_names = dict(layer_map='layers_mixing', contributions='gates_mixing', steps='steps_mixing', tokens='tokens_mixing') # what 0.1 measured
+def _present(line):
+    "A line with its looks by their present names"
+    looks = line.get('looks')
+    return line | dict(looks={_present_names.get(n, n): frame for n, frame in looks.items()}) if isinstance(looks, dict) else line
 
 def _line(job, folder, held_out=0):
     "What is kept of a run"
@@ -374,12 +382,13 @@ def cost(
 def collect_looks(
     study: Study,
     results: str,  # folder of the results
-    what: str='layer_map', # as in `snapshot`
+    what: str='layers_content', # as in `snapshot`
 ) -> pd.DataFrame: # task, method, seed, then the columns of that look
     "What the runs of a study learned from, one look of all runs that have it"
     frames = [pd.DataFrame(**{'data': l['looks'][what]['rows'], 'columns': l['looks'][what]['columns']}).assign(task=l['task'], method=l['method'], seed=l['seed']) for l in _finished(study, results) if what in l['looks']]
     if not frames: raise ValueError(f"No run of {study.name} in {results} has kept {what!r}. Kept were: {', '.join(sorted({n for l in _finished(study, results) for n in l['looks']})) or 'none'}.")
     table = pd.concat(frames, ignore_index=True)
+    if what.endswith('_mixing') and 'measure' not in table: table['measure'] = measure_name('mixing') # lines of 0.1 don't say it
     return table[['task', 'method', 'seed', *[c for c in table if c not in ('task', 'method', 'seed')]]]
 
 def _finished(study, results, stage='run'):
@@ -420,12 +429,12 @@ closer = replace(section5, name='closer', seeds=(42,), tuned_as='section5', look
 # %% ../nbs/14_study.ipynb #0ad6bd0d
 _like_lad = replace(section5, lrs={}, rates_of=(section5, 'LAD'))
 _from = dict(method='lad_user_defined', student_init='even')
-user_defined = replace(_like_lad, name='user_defined', seeds=(42, 43, 44), looks=('agreement', 'layer_map'), methods={
+user_defined = replace(_like_lad, name='user_defined', seeds=(42, 43, 44), looks=('agreement', 'layers_content', 'layers_mixing'), methods={
     'low gates (1, 2, 3)': dict(gate_indices=(1, 2, 3), student_indices=(1, 2, 3), **_from), 'high gates (4, 5, 6)': dict(gate_indices=(4, 5, 6), student_indices=(1, 2, 3), **_from),
     'upside down (6, 4, 2)': dict(gate_indices=(6, 4, 2), student_indices=(1, 2, 3), **_from), 'last gate for the last layer': dict(gate_indices=(6,), student_indices=(3,), **_from),
     'chain from the top': dict(method='lad_reversed')})
 _padded = dict(padding='max_length', teacher_cache=False)
-quirks = replace(_like_lad, name='quirks', looks=('agreement', 'contributions'), methods={
+quirks = replace(_like_lad, name='quirks', looks=('agreement', 'gates_content', 'gates_mixing'), methods={
     'random embeddings': dict(method='lad', copy_embeddings=False), 'sequence norm': dict(method='lad', norm='sequence', **_padded), 'unmasked loss': dict(method='lad', mask_padding=False, **_padded),
     'exact': dict(method='lad', norm='sequence', mask_padding=False, length_groups=False, **_padded)})
 

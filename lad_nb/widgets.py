@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
 
-from .mappings import Mapping, mapping_edges
-from .plots import plot_contributions, plot_mapping
+from .gates import measure_name
+from .mappings import Gate, Mapping, mapping_edges
+from .plots import plot_gate_shares, plot_mapping
 from .recipes import Recipe, make_trainer
 from .training import DistilTrainer, LossParts, check_new, checkpoints, experiment_folder, random_state, set_random_state, train
 
@@ -41,9 +42,9 @@ class StepRecord:
     teacher_logits: torch.Tensor=None # (B, C)
     tokenizer: object=None       # turns the batch into text
     id2label: dict=None          # names of the C classes
-    contributions: torch.Tensor=None # (T, T) as from `gates.contributions`; from here on: only in full records
+    by: str='projection'         # how content shares are taken; 'norm' otherwise
+    taken: dict=None             # {'content', 'mixing': {gate, or student layer that attends: T + 1 shares}}; from here on: only in full records
     openness: dict=None          # {gate: (mean, standard deviation) of z over real tokens and H}
-    attention: dict=None         # {student layer: T shares} for sources that attend
     gradients: dict=None         # {layer or gate: norm}, before clipping
     moved: dict=None             # {layer or gate: norm of the change of its weights}
     size: dict=None              # {layer or gate: norm of its weights}
@@ -68,10 +69,14 @@ class StepRecord:
         return _examples(self)
 
     @property
-    def shares(self) -> pd.DataFrame: # gate (or student), layer, share; None without gates and attention
-        "What each gate took from each teacher layer; for ALP-KD, what each student layer attends to"
-        if self.contributions is not None: return _tidy('gate', {k: self.contributions[k - 1].tolist() for k in sorted(self.mapping.gates)})
-        if self.attention: return _tidy('student', self.attention)
+    def shares(self) -> pd.DataFrame: # gate (or student), layer, share, bias, measure; None without gates and attention
+        "Content shares: what arrived in each gate of each teacher layer; for ALP-KD, in a student layer's target"
+        return _share_frame(self, 'content')
+
+    @property
+    def mixing(self) -> pd.DataFrame: # as `shares`
+        "Mixing weights: how each gate is set; for ALP-KD, the weights of its attention"
+        return _share_frame(self, 'mixing')
 
     @property
     def groups(self) -> pd.DataFrame: # gradient, moved, relative
@@ -79,17 +84,23 @@ class StepRecord:
         if not self.full: return None
         return pd.DataFrame(dict(gradient=self.gradients, moved=self.moved, relative={n: m/self.size[n] for n, m in self.moved.items()}))
 
-    def draw(self) -> 'Picture':
-        "Contributions, gradients and movement as a picture"
-        return draw_record(self)
+    def draw(self,
+        what: str='content', # shares to show: 'content' or 'mixing'
+    ) -> 'Picture':
+        "What the gates took, gradients and movement as a picture"
+        return draw_record(self, what)
 
     def __str__(self): return _text(self)
     __repr__ = __str__
     def _repr_html_(self): return f'{_style}<div class="lad-nb">{_cards(*(page for name, page in _pages(self).items() if name != "mapping"))}</div>' # tables, which show anywhere
 
-def _tidy(kind, rows):
-    "{row: T shares} as a tidy table"
-    return pd.DataFrame([{kind: k, 'layer': j, 'share': s} for k, shares in rows.items() for j, s in enumerate(shares, start=1)])
+def _share_frame(record, what):
+    "One kind of shares as a tidy frame, or None"
+    measure, kind = measure_name(what, record.by), 'gate' if record.mapping.segments else 'student'
+    if not record.taken: return None
+    rows = [{kind: k, 'layer': j, 'share': s, 'bias': bias, 'measure': measure}
+            for k, (*shares, bias) in sorted(record.taken[what].items()) for j, s in enumerate(shares, start=1)]
+    return pd.DataFrame(rows)
 
 def _examples(record):
     "One row per example of the batch"
@@ -117,8 +128,10 @@ def _text(r):
              f"  loss {r.parts['loss']:.4g} = " + ' + '.join(f'{t:.4g} ({part})' for part, t in r.terms.items())]
     if r.shares is not None:
         kind, T = r.shares.columns[0], r.mapping.T
-        lines.append(f"  {kind:<8}" + ''.join(f'{j:>6}' for j in range(1, T + 1)) + ('   open' if r.openness else ''))
-        for k, row in r.shares.groupby(kind).share: lines.append(f'  {k:<8}' + ''.join(f'{s:6.2f}' for s in row) + (f'{r.openness[k][0]:7.2f}' if k in (r.openness or {}) else ''))
+        lines.append(f"  {r.shares.measure.iloc[0]}s: what arrived of each teacher layer" + (', and how far each gate is open' if r.openness else ''))
+        lines.append(f"  {kind:<8}" + ''.join(f'{j:>6}' for j in [*range(1, T + 1), 'bias']) + ('   open' if r.openness else ''))
+        for k, row in r.taken['content'].items():
+            lines.append(f'  {k:<8}' + ''.join(f'{s:6.2f}' for s in row) + (f'{r.openness[k][0]:7.2f}' if k in (r.openness or {}) else ''))
     if r.full: lines += [f"  {'':<12}{'gradient':>10}{'moved':>10}"] + [f'  {name:<12}{g:10.3g}{m:10.3g}' for name, g, m in r.groups[['gradient', 'moved']].itertuples()]
     for e in r.examples.head(3).itertuples(): lines.append(f"  {'' if e.teacher is None else f'teacher {e.teacher:.2f}, '}student {e.student:.2f} for {e.label}: {e.text}")
     return '\n'.join(lines)
@@ -167,7 +180,10 @@ class Reader(TrainerCallback):
     def __init__(self,
         wanted=lambda step: 'weights', # step -> what to read of it: 'weights' (all), 'states' (no gradients, no movement), 'parts' (losses, logits), '' (no record)
         pace: Pace=None,               # is told what reading an update took
+        by: str='projection',          # of content shares: 'projection' or 'norm'
     ):
+        measure_name('content', by)
+        self.by = by
         self.wanted, self.pace, self.level, self.record, self.history, self.columns, self.parts = wanted, pace, '', None, [], ['step', 'loss'], LossParts()
         self.spent, self.paid, self._hooks, self._before = 0., 0., [], None
 
@@ -198,7 +214,7 @@ class Reader(TrainerCallback):
         if not distiller.training: return
         self.parts.add(out)
         if self.level: self.micro.append(({k: v.detach() for k, v in kwargs.items() if torch.is_tensor(v)}, out.student_logits.detach(), out.teacher_logits))
-        if self.level in ('states', 'weights'): self.states.append(_boil_down(distiller, out, kwargs))
+        if self.level in ('states', 'weights'): self.states.append(_boil_down(distiller, out, kwargs, self.by))
 
     @_timed
     @torch.no_grad()
@@ -230,30 +246,42 @@ class Reader(TrainerCallback):
         batches, student, teacher = zip(*self.micro)
         self.record = StepRecord(state.global_step, state.max_steps, state.epoch, time.perf_counter() - self.began, parts, {p: w for p, w in weights.items() if w}, self.rates, model.mapping,
                                  [{k: v.cpu() for k, v in b.items()} for b in batches], torch.cat(student).float().cpu(), None if teacher[0] is None else torch.cat(teacher).float().cpu(),
-                                 processing_class, model.student.config.id2label, **_sum_up(self.states),
+                                 processing_class, model.student.config.id2label, self.by, **_sum_up(self.states),
                                  **(dict(gradients=self.gradients, moved=self.moved, size=self.size) if self.level == 'weights' else {}))
         self.history.append((state.global_step, *parts.values()))
         self.columns = ['step', *parts]
         self.parts, self.micro, self.states = LossParts(), [], []
 
-def _boil_down(distiller, out, batch):
-    "Of a micro-batch's states: tokens, contributions, the first two moments of every gate's openness, attention"
-    mask = batch.get('attention_mask')
-    mask = torch.ones_like(batch['input_ids']) if mask is None else mask
-    mask = mask.float()/mask.sum()
+def _taken(distiller, out, real, by):
+    "{'content', 'mixing': {gate, or student layer that attends: (T + 1,) amounts}}, summed over the tokens that count"
+    mapping, found = distiller.mapping, {}
+    if not mapping.segments and not out.attention: return found
+    if not mapping.segments and mapping.on == 'cls': real = real*(torch.arange(real.shape[1], device=real.device) == 0)
+    for what in ('content', 'mixing'):
+        if mapping.segments: rows = dict(enumerate(distiller.gate_amounts(out, what, by).unbind(2), start=1))
+        else: rows = distiller.source_amounts(out, what, by)
+        rows = {k: a for k, a in rows.items() if k in (mapping.gates or out.attention)}
+        found[what] = {k: (a*real.unsqueeze(-1)).sum((0, 1)) for k, a in rows.items()}
+    return found
+
+def _boil_down(distiller, out, batch, by):
+    "Of a micro-batch's states: tokens, what was taken, the first two moments of every gate's openness"
+    real = batch.get('attention_mask')
+    real = torch.ones_like(batch['input_ids']) if real is None else real
+    mask = real.float()/real.sum()
     mean = lambda x: (x.float().mean(-1)*mask).sum()
     gates = {k: torch.stack([mean(z), mean(z**2)]) for k, z in out.aggregates.openness.items()}
-    attention = {m: w.float().mean(0) if w.ndim == 2 else (w.float()*mask.unsqueeze(-1)).sum((0, 1)) for m, w in out.attention.items()}
-    return int((mask > 0).sum()), distiller.contributions(out.aggregates, batch.get('attention_mask')) if distiller.mapping.segments else None, gates, attention
+    return int(real.sum()), _taken(distiller, out, real, by), gates
 
 def _sum_up(states):
     "The same of a whole batch, as fields of a record"
     if not states: return {}
-    tokens, contributions, gates, attention = zip(*states)
+    tokens, taken, gates = zip(*states)
     mean = lambda xs: sum(n*x for n, x in zip(tokens, xs))/sum(tokens)
     moments = {k: mean([g[k] for g in gates]).tolist() for k in gates[0]}
-    return dict(contributions=None if contributions[0] is None else mean(contributions).cpu(), openness={k: (m, max(0., s - m*m)**.5) for k, (m, s) in moments.items()},
-                attention={m: mean([a[m] for a in attention]).tolist() for m in attention[0]})
+    amounts = {what: {k: sum(t[what][k] for t in taken) for k in sorted(rows)} for what, rows in taken[0].items()}
+    return dict(taken={what: {k: (a/a.sum()).tolist() for k, a in rows.items()} for what, rows in amounts.items()},
+                openness={k: (m, max(0., s - m*m)**.5) for k, (m, s) in moments.items()})
 
 # %% ../nbs/11_widgets.ipynb #d2aca642
 class _Leave(Exception): "Takes the worker out of `Trainer.train`, at the beginning of an update"
@@ -342,6 +370,7 @@ class Stepper:
         run: Recipe,             # what to run; or a `DistilTrainer` that is ready to go
         root: str='experiments', # where experiments live, for a recipe
         resume: bool=False,      # go on from the run's last checkpoint
+        by: str='projection',    # how content shares are taken: 'projection' or 'norm'
     ):
         folder = Path(run.args.output_dir) if isinstance(run, DistilTrainer) else experiment_folder(run.experiment, run.task, run.model, root)
         if (other := _held.get(folder.resolve())) is not None and not other.over: raise ValueError(f"{folder} is held by another Stepper, after {other.done} updates. Go on with that one, or stop() it first.")
@@ -349,7 +378,7 @@ class Stepper:
         self.folder, self.trainer = folder, run if isinstance(run, DistilTrainer) else make_trainer(run, root, progress=False, like=folder if resume else None)
         if self.trainer.args.world_size > 1: raise ValueError(f"A Stepper holds one process, and this training has {self.trainer.args.world_size}. Take LiveView, or read the run folder.")
         self._hold = hold = _Hold()
-        self.interrupted, self._reader = False, Reader(pace=(pace := Pace(.02)))
+        self.interrupted, self._reader = False, Reader(pace=(pace := Pace(.02)), by=by)
         self._reader.wanted = functools.partial(_wanted, hold, pace)
         self.trainer.callback_handler.callbacks[:0] = [hold, self._reader] # first: gradients are read before they are clipped
         self.trainer.add_callback(_Told(hold))
@@ -445,13 +474,17 @@ class Stepper:
     def __enter__(self): return self
     def __exit__(self, *_): self.stop()
 
-    def draw(self) -> 'Picture':
-        "Loss parts so far, the newest contributions, and who learns from whom"
-        return draw_run(self.history, self.record, self.trainer.model)
+    def draw(self,
+        what: str='content', # shares to show: 'content' or 'mixing'
+    ) -> 'Picture':
+        "Loss parts so far, what the gates took last, and who learns from whom"
+        return draw_run(self.history, self.record, self.trainer.model, what)
 
-    def panel(self) -> 'Panel':
+    def panel(self,
+        what: str='content', # shares to begin with: 'content' or 'mixing'
+    ) -> 'Panel':
         "Buttons and pictures; see `panel`"
-        return panel(self)
+        return panel(self, what)
 
     def __str__(self): return f'{self.folder.name}: {self.state} after {self.done} of {self.total} updates' + (f'\n{self.record}' if self.record is not None else '')
     def __repr__(self): return str(self).splitlines()[0]
@@ -481,24 +514,33 @@ def _weighted(history, weights):
     "The history as terms that sum to the loss"
     return pd.DataFrame(dict(step=history.step, loss=history.loss) | {part: w*history[part] for part, w in weights.items()})
 
-def _shares_on(record, ax):
+_heads = { # (what, kind): what a picture of shares is of
+    ('content', 'gate'): 'Content shares: what arrived in each gate',
+    ('content', 'student'): 'Content shares: what each student layer learned from',
+    ('mixing', 'gate'): 'Mixing weights: how each gate is set',
+    ('mixing', 'student'): 'Attention weights of each student layer'}
+
+def _reads(mapping): # {gate: student layer}
+    return {p.source.k: p.student for p in mapping.pairs if isinstance(p.source, Gate)}
+
+def _shares_on(record, ax, what):
     "The heat map of gates; of attention, for methods that attend"
-    kind, pairs = record.shares.columns[0], {p.source.k: p.student for p in record.mapping.pairs if hasattr(p.source, 'k')}
-    what = 'What each gate took' if kind == 'gate' else 'What each student layer attended to'
-    plot_contributions(record.shares.rename(columns={kind: 'gate'}), ax, f'{what}, update {record.step}', pairs if kind == 'gate' else None)
+    shares = _share_frame(record, what)
+    kind = shares.columns[0]
+    plot_gate_shares(shares, ax, f'{_heads[what, kind]}, update {record.step}', _reads(record.mapping) if kind == 'gate' else None, kind)
     ax.title.set_size(8)
-    if kind != 'gate': ax.set_ylabel('student layer')
 
 @matplotlib.rc_context({'font.size': 7, 'axes.titlesize': 8, 'axes.labelsize': 7})
 def draw_record(
-    record: StepRecord, # a full one
+    record: StepRecord,  # a full one
+    what: str='content', # shares to show: 'content' or 'mixing'
 ) -> Picture:
     "What the gates took, and how hard every layer and gate was pulled and how far it moved"
     if not record.full: raise ValueError(f"The record of update {record.step} holds the loss parts only: it was one of many. step() gives full ones.")
     figure = Picture(figsize=(7, 2.7))
     shares = record.shares is not None
     *heat, pull, move = figure.subplots(1, 2 + shares, width_ratios=[*[1.4]*shares, 1, 1])
-    if shares: _shares_on(record, heat[0])
+    if shares: _shares_on(record, heat[0], what)
     table = record.groups
     for ax, values, label in ((pull, table.gradient, 'norm, before clipping'), (move, table.relative, 'norm / norm of weights')):
         ax.plot(values.clip(lower=1e-12), range(len(table)), 'o', ms=4, color=_colors['hard'])
@@ -513,8 +555,9 @@ def draw_run(
     history: pd.DataFrame,    # step, loss, hard, soft, hidden_1, .., unweighted
     record: StepRecord,       # the newest; None before the first update
     distiller,                # whose mapping it is
+    what: str='content',      # shares to show: 'content' or 'mixing'
 ) -> Picture:
-    "Loss parts so far, the newest contributions, and who learns from whom with the layer that is matched worst"
+    "Loss parts so far, what the gates took last, and who learns from whom with the layer that is matched worst"
     figure = Picture(figsize=(7.4 if record is not None and record.shares is not None else 4.4, 2.7))
     shares = record is not None and record.shares is not None
     curves, *heat, arrows = figure.subplots(1, 2 + shares, width_ratios=[1.2, *[1.6]*shares, .9])
@@ -529,7 +572,7 @@ def draw_run(
     curves.set(xlabel='update', ylabel='term of the loss')
     curves.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
     curves.set_title('Loss and its terms')
-    if shares: _shares_on(record, heat[0])
+    if shares: _shares_on(record, heat[0], what)
     mapping = distiller.mapping
     worst = None if record is None else record.hardest
     plot_mapping(mapping_edges(mapping), arrows, f"Matched worst:\nstudent {worst}, {record.parts[f'hidden_{worst}']:.3g}" if worst else None)
@@ -565,15 +608,22 @@ def _tint(color, alpha):
     "A colour that lets the theme's background through"
     return 'rgba({},{},{},{:.2f})'.format(*(int(color[i:i + 2], 16) for i in (1, 3, 5)), alpha)
 
-def _heat_html(record):
-    "Shares as a heat map; darker is more"
-    kind, T = record.shares.columns[0], record.mapping.T
-    reads = {p.source.k: p.student for p in record.mapping.pairs if hasattr(p.source, 'k')} if kind == 'gate' else {}
-    rows = [[f'{k} → student {reads[k]}' if k in reads else k, *((f'background:{_tint(_colors["hidden"], .72*s)};min-width:24px', f'{s:.2f}' if s else '') for s in row),
-             *([f'<span title="standard deviation {record.openness[k][1]:.2f}">{record.openness[k][0]:.2f}</span>' if k in record.openness else ''] if record.openness else [])]
-            for k, row in sorted(((k, g.tolist()) for k, g in record.shares.groupby(kind).share), reverse=True)]
-    what = 'What each gate took from each teacher layer' if kind == 'gate' else 'What each student layer attended to'
-    return f'<b>{what}, update {record.step}</b>' + _table([kind, *range(1, T + 1), *(['open'] if record.openness else [])], rows)
+def _share_cell(s):
+    "Darker is more, blue is below 0, empty is not seen"
+    tint = _tint(_colors['hidden' if s >= 0 else 'hard'], .72*min(1, abs(s)))
+    return f'background:{tint};min-width:24px', f'{round(s, 2) + 0.:.2f}' if s else ''
+
+def _heat_html(record, what='content'):
+    "Shares as a heat map"
+    kind, openness, T = 'gate' if record.mapping.segments else 'student', record.openness or {}, record.mapping.T
+    columns, reads = T + (what == 'content'), _reads(record.mapping) if kind == 'gate' else {}
+    spread = lambda mean, sd: f'<span title="standard deviation {sd:.2f}">{mean:.2f}</span>'
+    rows = [[f'{k} → student {reads[k]}' if k in reads else k, *map(_share_cell, shares[:columns]),
+             *([spread(*openness[k]) if k in openness else ''] if openness else [])]
+            for k, shares in sorted(record.taken[what].items(), reverse=True)]
+    head = [kind, *[*range(1, T + 1), 'bias'][:columns], *(['open'] if openness else [])]
+    by_norm = ' (by norm)' if what == 'content' and record.by == 'norm' else ''
+    return f'<b>{_heads[what, kind]}{by_norm}, update {record.step}</b>' + _table(head, rows)
 
 def _groups_html(record):
     "Gradient and movement, layer by layer"
@@ -650,26 +700,33 @@ def _mapping_html(mapping, parts=None, hardest=None):
         if parts: out.append(f'<text x="{place["student"] + 14}" y="{y("student", p.student) + 3.5:.1f}" style="{"font-weight:bold" if p.student == hardest else ""}">{parts[f"hidden_{p.student}"]:.3g}{" ◂ worst" if p.student == hardest else ""}</text>')
     return f'<b>{html.escape(mapping.name)}: hidden loss of each pair{", on [CLS]" if mapping.on == "cls" else ""}</b><svg viewBox="0 0 290 {height}" width="290">{"".join(out)}</svg>'
 
-def _pages(record):
+def _pages(record, what='content'):
     "All that a record can show, as HTML"
-    return dict(numbers=_numbers_html(record), mapping=_mapping_html(record.mapping, record.parts, record.hardest), heat=_heat_html(record) if record.shares is not None else '',
+    return dict(numbers=_numbers_html(record), mapping=_mapping_html(record.mapping, record.parts, record.hardest), heat=_heat_html(record, what) if record.taken else '',
                 groups=_groups_html(record) if record.full else '', examples=_examples_html(record))
 
 # %% ../nbs/11_widgets.ipynb #8088f539
 class Panel:
     "Buttons and pictures on a `Stepper`"
-    def __init__(self, stepper: Stepper):
+    def __init__(self,
+        stepper: Stepper,
+        what: str='content', # shares to begin with: 'content' or 'mixing'
+    ):
         W, self.stepper, self.pace, self.full, self._turn = ipywidgets, stepper, Pace(.02, .25), None, threading.RLock()
         self.n = W.BoundedIntText(10, min=1, max=max(1, stepper.total), layout=W.Layout(width='70px'))
         looks = dict(step=('Step', 'step-forward', 'take one update'), steps=('Step n', 'fast-forward', 'take as many updates as the box says'), run=('Run', 'play', 'take updates until Pause or the end'),
                      pause=('Pause', 'pause', 'hold after one more update, which is read in full'), stop=('Stop', 'stop', 'save a checkpoint and end; resume=True goes on from it'))
         self.buttons = {name: W.Button(description=text, icon=icon, tooltip=tip, layout=W.Layout(width='88px')) for name, (text, icon, tip) in looks.items()}
+        measure_name(what)
+        self.what = W.Dropdown(options=[('content shares', 'content'), ('mixing weights', 'mixing')], value=what,
+                               tooltip='what arrives in each gate, or how it is set', layout=W.Layout(width='140px'))
+        self.what.observe(lambda change: self.draw(), 'value')
         does = dict(step=lambda: stepper.start(1), steps=lambda: stepper.start(self.n.value), run=stepper.start, pause=lambda: stepper.pause(after=1), stop=lambda: stepper.stop(wait=False))
         for name, button in self.buttons.items(): button.on_click(functools.partial(self._press, does[name]))
         self.places = {name: W.HTML(layout=W.Layout(margin='0 18px 8px 0', max_width='100%')) for name in ('status', 'curves', 'numbers', 'mapping', 'heat', 'groups', 'examples')}
         wrap = W.Layout(display='flex', flex_flow='row wrap', align_items='flex-start', width='100%', overflow='hidden')
         b = self.buttons
-        self.widget = W.VBox([W.HTML(_style, layout=W.Layout(display='none')), W.HBox([b['step'], self.n, b['steps'], b['run'], b['pause'], b['stop']], layout=W.Layout(flex_flow='row wrap', width='100%')),
+        self.widget = W.VBox([W.HTML(_style, layout=W.Layout(display='none')), W.HBox([b['step'], self.n, b['steps'], b['run'], b['pause'], b['stop'], self.what], layout=W.Layout(flex_flow='row wrap', width='100%')),
                               self.places['status'], W.Box([p for name, p in self.places.items() if name != 'status'], layout=wrap)], layout=W.Layout(width='100%'))
         self.widget.add_class('lad-nb')
         self.draw()
@@ -706,9 +763,11 @@ class Panel:
             if record.full: self.full = record
             places['curves'].value = _curves_html(s._reader.history[:], s._reader.columns, record.weights)
             places['numbers'].value, places['mapping'].value = _numbers_html(record), _mapping_html(record.mapping, record.parts, record.hardest)
-            if self.full is None or self.full is not record and places['examples'].value: return
+            if self.full is None: return
+            places['heat'].value = _heat_html(self.full, self.what.value) if self.full.taken else ''
+            if self.full is not record and places['examples'].value: return
             for name, page in _pages(self.full).items():
-                if name in ('heat', 'groups', 'examples'): places[name].value = page
+                if name in ('groups', 'examples'): places[name].value = page
 
     def close(self):
         "Take the panel off the run"
@@ -720,23 +779,28 @@ class Panel:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         "A widget where widgets show, a picture where they don't, text where there is nothing else"
-        return dict(self.widget._repr_mimebundle_()) | {'text/plain': str(self), 'image/png': self.stepper.draw().png()}
+        return dict(self.widget._repr_mimebundle_()) | {'text/plain': str(self), 'image/png': self.stepper.draw(self.what.value).png()}
 
 def panel(
-    stepper: Stepper, # to put buttons on
-) -> Panel:           # shows itself as a cell's last value
+    stepper: Stepper,    # to put buttons on
+    what: str='content', # shares to begin with: 'content' or 'mixing'
+) -> Panel:              # shows itself as a cell's last value
     "Buttons and pictures on a run"
-    return Panel(stepper)
+    return Panel(stepper, what)
 
 # %% ../nbs/11_widgets.ipynb #521578e0
 class LiveView(Reader):
-    "Trainer callback: draws loss parts and gate contributions while a notebook trains"
+    "Trainer callback: draws loss parts and what the gates take while a notebook trains"
     def __init__(self,
-        every: int=10,     # updates from one drawing to the next, at least; the losses in between are averaged
-        share: float=.015, # of the time that reading and drawing may take
+        every: int=10,        # updates from one drawing to the next, at least; the losses in between are averaged
+        share: float=.015,    # of the time that reading and drawing may take
+        what: str='content',  # shares to show: 'content' or 'mixing'
+        by: str='projection', # of content shares: 'projection' or 'norm'
     ):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise ValueError(f"every is {every!r}; a whole number of updates from 1 up was expected.")
-        super().__init__(self._due, Pace(share))
+        super().__init__(self._due, Pace(share), by)
+        measure_name(what, by)
+        self.what = what
         self.every, self.handle, self.drawing = every, None, 0.
 
     def _due(self, step): return 'states' if self.shows and (step >= self.total or step % self.every == 0 and self.pace.free()) else ''
@@ -752,7 +816,7 @@ class LiveView(Reader):
 
     @_timed
     def _show(self):
-        r, pages = self.record, _pages(self.record)
+        r, pages = self.record, _pages(self.record, self.what)
         head = f'<div>update <span class="lad-step">{r.step}</span> of {r.total}, loss <span class="lad-loss">{r.parts["loss"]:.4g}</span></div>'
         self.handle.update(HTML(f'{_style}<div class="lad-nb">{head}{_cards(_curves_html(self.history, self.columns, r.weights), pages["heat"], pages["numbers"], pages["mapping"])}</div>'))
 
@@ -764,4 +828,4 @@ class LiveView(Reader):
 
     def draw(self, distiller) -> Picture:
         "What was drawn last, as a figure"
-        return draw_run(pd.DataFrame(self.history, columns=self.columns), self.record, distiller)
+        return draw_run(pd.DataFrame(self.history, columns=self.columns), self.record, distiller, self.what)

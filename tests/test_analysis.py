@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lad_nb.analysis import (CKA, calibrated, contributions_by_example, contributions_by_step, contributions_by_token, gate_contributions, gate_openness, interval, layer_cka, layer_map,
-                             linear_probes, loss_parts, open_with_teacher, paired_differences, passes, seed_differences, summarise, teacher_agreement, token_classes)
+from lad_nb.analysis import (CKA, calibrated, gate_openness, gate_shares, interval, layer_cka, layer_map, linear_probes, loss_parts, open_with_teacher, paired_differences, passes,
+                             seed_differences, shares_by_example, shares_by_step, shares_by_token, summarise, teacher_agreement, token_classes)
 from lad_nb import cli
 from lad_nb.analysis import dev_losses
 from lad_nb.data import SMALL, load_task, load_tokenizer
@@ -162,8 +162,13 @@ def test_shares_sum_to_one(experiments, lad, method, options):
     """For every method, as it was made and as it was trained; batches don't matter."""
     recipe = lad.replace(experiment=f'sums_{method}', method=method, total_step=1, ckpt_step=1, log_step=1, **options)
     folder = run(recipe, experiments, progress=False)
+    sums = lambda frame, by: frame.groupby(by).share.sum() + frame.groupby(by).bias.first()
+    weights = layer_map(folder, what='mixing', rows=10)
+    assert (sums(weights, 'student') - 1).abs().max() < 1e-5 and weights.share.between(-1e-6, 1 + 1e-6).all() and set(weights.bias) == {0.}
     table, again = layer_map(folder, rows=10, batch_size=4), layer_map(folder, rows=10, batch_size=10)
-    assert (table.groupby('student').share.sum() - 1).abs().max() < 1e-5 and table.share.between(-1e-6, 1 + 1e-6).all()
+    assert (sums(table, 'student') - 1).abs().max() < 1e-5 and set(table.measure) == {'content share'} and set(weights.measure) == {'mixing weight'}
+    one = ~weights.share.between(1e-6, 1 - 1e-6)
+    assert np.allclose(table.share[one], weights.share[one], atol=1e-5)       # a layer that has all or nothing has it either way
     assert np.allclose(table.share, again.share, atol=1e-5) and np.allclose(table.sd, again.sd, atol=1e-5)
     assert (sorted(table.student.unique()), set(table.layer), set(table.examples)) == ([1, 3] if 'gate_indices' in options else [1, 2, 3], set(range(1, 7)), {10})
     assert table.attrs == dict(method=method, T=6, M=3, on='cls' if method in ('lad_cls', 'alp_kd') else 'hidden')
@@ -171,24 +176,27 @@ def test_shares_sum_to_one(experiments, lad, method, options):
     if not mapping.segments:
         with pytest.raises(ValueError, match='which has no gates'): gate_openness(folder)
         return
-    for frame in (contributions_by_example(folder, rows=6), contributions_by_token(folder, rows=6), contributions_by_step(folder, rows=6), gate_contributions(folder, rows=6)):
-        by = [c for c in ('example', 'token', 'step', 'gate') if c in frame]
-        assert (frame.groupby(by).share.sum() - 1).abs().max() < 1e-5 and set(frame.gate) == set(mapping.gates)
+    for what, norm in (('content', 'projection'), ('content', 'norm'), ('mixing', 'projection')):
+        for of in (shares_by_example, shares_by_token, shares_by_step, gate_shares):
+            frame = of(folder, what=what, by=norm, rows=6)
+            by = [c for c in ('example', 'token', 'step', 'gate') if c in frame]
+            assert (sums(frame, by) - 1).abs().max() < 1e-5 and set(frame.gate) == set(mapping.gates)
+            assert frame.measure.nunique() == 1 and ((frame.share >= 0).all() or norm == 'projection')
     assert gate_openness(folder, rows=6).openness.between(0, 1).all()
 
 
 def test_a_map_at_cls_is_that_of_cls(experiments, lad):
     folder = run(lad.replace(experiment='at_cls', method='lad_cls', total_step=1, ckpt_step=1, log_step=1), experiments, progress=False)
-    cls = contributions_by_token(folder, rows=8).query('token == "[CLS]" and gate in (2, 4, 6)')
+    cls = shares_by_token(folder, rows=8).query('token == "[CLS]" and gate in (2, 4, 6)')
     assert np.allclose(layer_map(folder, rows=8).share, cls.share, atol=1e-6)
-    assert not np.allclose(cls.share, gate_contributions(folder, rows=8).query('gate in (2, 4, 6)').share, atol=1e-5)
+    assert not np.allclose(cls.share, gate_shares(folder, rows=8).query('gate in (2, 4, 6)').share, atol=1e-5)
 
 
 def test_fresh_gates_are_those_the_run_began_with(experiments, lad):
     folder = run(lad.replace(experiment='still', gate_lr=1e-12, total_step=2, ckpt_step=2), experiments, progress=False)
     distiller, tokenizer, recipe = open_run(folder)
     made, _ = build(recipe, experiments)
-    table = contributions_by_step(folder, rows=8)
+    table = shares_by_step(folder, rows=8)
     assert np.allclose(table[table.step == 0].share, table[table.step == 2].share, atol=1e-6)  # gates that never moved
     for a, b in zip(made.objective.gates.parameters(), distiller.objective.gates.parameters()): torch.testing.assert_close(a, b)
 

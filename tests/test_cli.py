@@ -179,7 +179,7 @@ def test_quickstart_leaves_what_it_says(tmp_path, monkeypatch, capsys):
     assert code == 0, err
     table = pd.read_csv(tmp_path/'q'/'table.csv', index_col=0)
     assert list(table.index) == ['teacher', 'student', 'undistilled'] and list(table.columns) == ['dev accuracy', 'parameters', 'MB on disk', 'ms a sentence']
-    assert (tmp_path/'q'/'contributions.png').stat().st_size > 10_000
+    assert (tmp_path/'q'/'gate_shares.png').stat().st_size > 10_000
     code, out, err = lad_nb('quickstart', tmp_path/'q', capsys)
     assert code == 2 and '--resume' in err
 

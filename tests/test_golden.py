@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from lad_nb.distiller import Objective
-from lad_nb.gates import contributions
+from lad_nb.gates import content_shares, mixing_weights
 from lad_nb.mappings import make_mapping
 
 FOLDER = Path(os.environ.get('LAD_NB_GOLDEN') or Path(__file__).parents[2]/'shared'/'golden')
@@ -99,7 +99,11 @@ def test_reference_has_no_other_method(golden):
     assert methods == set(METHODS)
 
 
-def test_contribution(golden):
+def test_what_gates_take(golden):
+    """Mixing weights, content shares, and the share of the norms' biases."""
     ref, meta = golden
     objective, out, *_ = run(golden, 'lad')
-    close(contributions(out.aggregates, objective.gates.segments, int(meta['T'])), ref['lad.contribution'], 'contribution')
+    close(mixing_weights(objective.gates, out.teacher_hidden), ref['lad.contribution'], 'mixing weight')
+    shares = content_shares(objective.gates, out.teacher_hidden)
+    close(shares[:, :-1], ref['lad.content_share'], 'content share')
+    close(shares[:, -1], ref['lad.content_share_bias'], 'content share of the bias')

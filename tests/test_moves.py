@@ -14,7 +14,7 @@ import torch
 
 from lad_nb import data as lad_data
 from lad_nb import training
-from lad_nb.analysis import gate_contributions, teacher_agreement
+from lad_nb.analysis import gate_shares, teacher_agreement
 from lad_nb.cli import main
 from lad_nb.data import load_task
 from lad_nb.evaluation import evaluate, score_checkpoints
@@ -122,7 +122,7 @@ def test_a_moved_folder_of_experiments(home, tmp_path, old):
     moved = Path(shutil.move(home, tmp_path/'elsewhere'/'experiments'))
     folder = moved/'student_bert_rte'
     distiller, _, recipe = open_run(folder)
-    assert distiller.teacher is not None and len(gate_contributions(folder, data_dir=str(moved/'RTE'), device_id=-1))
+    assert distiller.teacher is not None and len(gate_shares(folder, data_dir=str(moved/'RTE'), device_id=-1))
     if old: return
     assert (recipe.ptrain_ver, recipe.data_dir) == (str(moved/'encoder'), str(moved/'RTE'))
     assert len(teacher_agreement(folder, device_id=-1)) and len(score_checkpoints(folder, 'rte', device_id=-1)) == 2
@@ -146,7 +146,7 @@ def test_zipped_and_unpacked_elsewhere(home, tmp_path):
 def test_a_run_that_is_copied_alone(home, tmp_path):
     """On another machine it says what it lacks; its student needs no teacher; on a machine that saw the teacher, or beside it, it opens."""
     folder = Path(shutil.copytree(home/'student_bert_rte', tmp_path/'mail'/'student_bert_rte'))
-    for deed in (open_run, gate_contributions):
+    for deed in (open_run, gate_shares):
         with pytest.raises(FileNotFoundError, match="teacher_bert_rte/checkpoint-4'.* no such folder here. Put it beside the run"): deed(folder)
     with pytest.raises(FileNotFoundError, match="names the encoder './encoder', and there is no such folder here"): rerun(folder)
     assert evaluate(folder, 'rte', data_dir=str(home/'RTE'), max_seq_len=32, device_id=-1).keys() == {'accuracy'}
@@ -180,7 +180,7 @@ def test_another_teacher_at_its_place(home, capsys, old):
     cut(folder)
     before = sorted(home.rglob('*'))
     says = r'teacher .* is not the one that .*: sha256 [0-9a-f]{12}\.\., [0-9a-f]{12}\.\. was expected'
-    for deed in (lambda: open_run(folder, 2), lambda: gate_contributions(folder, step=2), lambda: rerun(folder, progress=False),
+    for deed in (lambda: open_run(folder, 2), lambda: gate_shares(folder, step=2), lambda: rerun(folder, progress=False),
                  lambda: run(recipe, home, resume=True, progress=False), lambda: Stepper(recipe, home, resume=True)):
         with pytest.raises(ValueError, match=says) as e: deed()
         assert len(set(re.findall(r'[0-9a-f]{12}\.\.', str(e.value)))) == 2

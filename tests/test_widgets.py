@@ -143,7 +143,10 @@ def test_records_of_every_kind(experiments, recipe, method):
         assert len(record.examples) == 16 == len(record.student_logits) and record.examples.gap.is_monotonic_decreasing and record.examples.text.str.contains(r'\.').all()
         kind = 'gate' if 'lad' in method else 'student' if 'alp' in method else None
         assert (record.shares is None) == (kind is None)
-        if kind: assert record.shares.groupby(kind).share.sum().tolist() == pytest.approx([1.]*record.shares[kind].nunique(), abs=1e-4)
+        if kind:
+            for shares in (record.shares, record.mixing):
+                sums = shares.groupby(kind).share.sum() + shares.groupby(kind).bias.first()
+                assert sums.tolist() == pytest.approx([1.]*len(sums), abs=1e-4)
         if kind == 'gate': assert set(record.openness) <= set(stepper.trainer.model.mapping.gates) and all(0 < m < 1 and 0 < sd < .5 for m, sd in record.openness.values())
         assert str(record).startswith('update 2 of 3') and len(record.draw().png()) > 5000 and len(stepper.draw().png()) > 5000
         board = Panel(stepper)
@@ -175,7 +178,7 @@ def test_live_view_leaves_the_bytes_and_no_hook(experiments, recipe, whole):
     trainer = make_trainer(recipe.replace(experiment='live'), experiments, progress=False, callbacks=[live])
     from lad_nb.training import train
     folder = train(trainer, trainer.description)
-    assert same_bytes(whole, folder) and live.record.step == 7 and live.record.contributions is not None and not live.record.full
+    assert same_bytes(whole, folder) and live.record.step == 7 and live.record.shares is not None and not live.record.full
     assert not trainer.model._forward_hooks and not trainer.model._forward_pre_hooks
 
 
