@@ -95,7 +95,7 @@ def _measure(shares):
 def _share_table(shares, row='gate'):
     "Rows x layers, and the bias where there is one to show"
     table = shares.pivot(index=row, columns='layer', values='share')
-    if 'bias' in shares and _measure(shares) != 'mixing weight':
+    if 'bias' in shares and _measure(shares) != 'mixing weight' and (row == 'gate' or shares.bias.any()):
         table['bias'] = shares.groupby(row).bias.first()
     return table
 
@@ -111,12 +111,13 @@ def plot_gate_shares(
     "Heat map of shares, the last gate on top as in the network. Blue is below 0; an empty cell is not seen"
     _some(shares, 'shares')
     label, what = _shown[_measure(shares)]
+    if row == 'student': label = label.replace('mixing weight\n(how the gate is set)', 'attention weight')
     table = _share_table(shares, row).sort_index(ascending=False)
     ax = _new(ax, .2*table.shape[0] + .8 + .14*_wrapped(title or what, .775*COLUMN, 9).count('\n'))
     cell = .75*_room(ax)/table.shape[1] # inches, beside a colour bar
-    fits = bool(cell > .25)             # a number
+    fits = bool(cell > .19)             # a number
     numbers = dict(annot=table.round(2) + 0. if fits else False, fmt='.2f')
-    numbers |= dict(annot_kws=dict(size=7 if cell > .3 else 6))
+    numbers |= dict(annot_kws=dict(size=7 if cell > .3 else 6 if cell > .22 else 5.5))
     sns.heatmap(table, ax=ax, mask=(table == 0) & (table.columns != 'bias'), vmin=-1, vmax=1, cmap=_share_map,
                 linewidths=.5, cbar_kws=dict(label=label), **numbers)
     ax.collections[0].colorbar.ax.set_ylim(min(0, np.floor(table.min(axis=None)*10 + .05)/10), 1)

@@ -537,7 +537,7 @@ def draw_record(
 ) -> Picture:
     "What the gates took, and how hard every layer and gate was pulled and how far it moved"
     if not record.full: raise ValueError(f"The record of update {record.step} holds the loss parts only: it was one of many. step() gives full ones.")
-    figure = Picture(figsize=(7, 2.7))
+    figure = Picture(figsize=(7.6, 2.7))
     shares = record.shares is not None
     *heat, pull, move = figure.subplots(1, 2 + shares, width_ratios=[*[1.4]*shares, 1, 1])
     if shares: _shares_on(record, heat[0], what)
@@ -558,7 +558,7 @@ def draw_run(
     what: str='content',      # shares to show: 'content' or 'mixing'
 ) -> Picture:
     "Loss parts so far, what the gates took last, and who learns from whom with the layer that is matched worst"
-    figure = Picture(figsize=(7.4 if record is not None and record.shares is not None else 4.4, 2.7))
+    figure = Picture(figsize=(8.2 if record is not None and record.shares is not None else 4.4, 2.7))
     shares = record is not None and record.shares is not None
     curves, *heat, arrows = figure.subplots(1, 2 + shares, width_ratios=[1.2, *[1.6]*shares, .9])
     if len(history):
@@ -616,7 +616,7 @@ def _share_cell(s):
 def _heat_html(record, what='content'):
     "Shares as a heat map"
     kind, openness, T = 'gate' if record.mapping.segments else 'student', record.openness or {}, record.mapping.T
-    columns, reads = T + (what == 'content'), _reads(record.mapping) if kind == 'gate' else {}
+    columns, reads = T + (what == 'content' and kind == 'gate'), _reads(record.mapping) if kind == 'gate' else {}
     spread = lambda mean, sd: f'<span title="standard deviation {sd:.2f}">{mean:.2f}</span>'
     rows = [[f'{k} → student {reads[k]}' if k in reads else k, *map(_share_cell, shares[:columns]),
              *([spread(*openness[k]) if k in openness else ''] if openness else [])]
