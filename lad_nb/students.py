@@ -136,11 +136,12 @@ def _check_report(report, name, encoder):
     counts = _in_encoder if encoder else lambda key: True
     missing, unknown = (set(filter(counts, report[k])) for k in ('missing_keys', 'unexpected_keys'))
     pooler = {key for key in missing if re.match(r'(bert\.)?pooler\.', key)} if encoder else set()
-    if len(pooler) == 2: # weight and bias
-        missing -= pooler
-        warnings.warn(f"{name} has no pooler: what is made from it begins with a fresh one.")
+    whole = len(pooler) != 2 # weight and bias
+    if not whole: missing -= pooler
     misfits = name_misfits(missing, unknown, [m for m in report['mismatched_keys'] if counts(m[0])])
-    if not misfits: return
+    if not misfits:
+        if not whole: warnings.warn(f"{name} has no pooler: what is made from it begins with a fresh one.")
+        return
     hint = ('It is an encoder without a head: make_classifier, or fine_tune, gives it one.'
             if missing == {'classifier.weight', 'classifier.bias'} else 'Take a whole copy of the model, or another checkpoint.')
     raise ValueError(f"The weights in {name} do not fit its config.json: {misfits}. Nothing was loaded. {hint}")
