@@ -103,7 +103,7 @@ def kill(folder, model, updates, sent, after, working):
 
 @pytest.mark.parametrize('moments, updates', [(1, 60), pytest.param(20, 120, marks=pytest.mark.slow)])
 def test_a_study_of_two_processes_killed_at_its_parent(tiny, tmp_path, moments, updates):
-    """SIGKILL and SIGTERM at random moments, half of them in the midst of runs; started again until it is whole."""
+    """SIGKILL and SIGTERM at random moments, half of them while runs go on; started again until whole."""
     seed = int(os.environ.get('LAD_NB_SEED') or random.randrange(10**6))
     print(f'LAD_NB_SEED={seed}')
     rng, whole = random.Random(seed), tmp_path / 'whole'
