@@ -304,8 +304,10 @@ def _from_arrow(path, task, split, bad_rows, rows, names):
     with FileLock(folder/'lock'):
         if bad_rows == 'skip' or not arrow.is_file(): # a copy would not tell again what was left out
             try:
-                with write_aside(arrow) as f, pa.ipc.new_stream(f, names.arrow_schema) as out: # a torn copy would be read as fewer rows
-                    while some := list(islice(rows, 10_000)): out.write_table(pa.Table.from_pylist(some, schema=names.arrow_schema))
+                # a torn copy would be read as fewer rows
+                with write_aside(arrow) as f, pa.ipc.new_stream(f, names.arrow_schema) as out:
+                    while some := list(islice(rows, 10_000)):
+                        out.write_table(pa.Table.from_pylist(some, schema=names.arrow_schema))
             except OSError as e: raise OSError(e.errno, f"The rows of {path} could not be written to {arrow}: {e.strerror or e}. Make room there, or set HF_DATASETS_CACHE to a folder that has it") from e
     return Dataset.from_file(str(arrow))
 
@@ -360,26 +362,31 @@ _own_name = r'[\w+=@-][\w.+=@-]*'
 _metric_names = {m for t in tasks.values() for m in t.metrics}
 
 def _check_own(task):
-    "`ValueError` for what `write_task` would not write, so that no task.json leads to other files than its own"
+    "`ValueError` for what `write_task` would not write: no task.json leads to other files than its own"
     for f in fields(Task):
         value = getattr(task, f.name)
-        texts = (value,) if f.type is str else value if isinstance(value, tuple) else (value,)
-        if not all(isinstance(x, str) and x and x.isprintable() for x in texts) or isinstance(value, tuple) != (f.type is tuple):
-            raise ValueError(f"{f.name} is {value!r:.80}; {'a name' if f.type is str else 'a list of names'} was expected.")
+        names = value if isinstance(value, tuple) else (value,)
+        plain = all(isinstance(x, str) and x and x.isprintable() for x in names)
+        if not plain or isinstance(value, tuple) != (f.type is tuple):
+            wanted = 'a name' if f.type is str else 'a list of names'
+            raise ValueError(f"{f.name} is {value!r:.80}; {wanted} was expected.")
     if task.name in _glue or task.name == 'toy' or not re.fullmatch(_own_name, task.name):
-        raise ValueError(f"The task is named {task.name!r:.80}; letters, digits and . _ - + = @ are allowed, no leading dot, "
-                         f"and no name of a built-in task: {', '.join(_glue)}, toy.")
+        raise ValueError(f"The task is named {task.name!r:.80}; letters, digits and . _ - + = @ are allowed, "
+                         f"no leading dot, and no name of a built-in task: {', '.join(_glue)}, toy.")
     if len(set(task.labels)) != len(task.labels) or len(task.labels) == 1:
-        raise ValueError(f"labels are {list(task.labels)}; two or more different ones were expected, or none for a regression.")
+        raise ValueError(f"labels are {list(task.labels)}; two or more different ones were expected, "
+                         "or none for a regression.")
     if len(task.columns) not in (1, 2):
         raise ValueError(f"columns are {list(task.columns)}; one or two text columns were expected.")
     for name, allowed in dict(folder=(task.name,), dev=(('dev',),), test=((), ('test',))).items():
         if (value := getattr(task, name)) not in allowed:
             raise ValueError(f"{name} is {value!r:.80}; {' or '.join(map(repr, allowed))} was expected.")
     if task.written and len(task.written) != len(task.labels):
-        raise ValueError(f"written is {list(task.written)}; one for each of {len(task.labels)} labels was expected.")
+        raise ValueError(f"written is {list(task.written)}; one for each of the {len(task.labels)} labels "
+                         "was expected.")
     if not task.metrics or not _metric_names.issuperset(task.metrics):
-        raise ValueError(f"metrics are {list(task.metrics)}; some of {', '.join(sorted(_metric_names))} were expected.")
+        raise ValueError(f"metrics are {list(task.metrics)}; some of {', '.join(sorted(_metric_names))} "
+                         "were expected.")
 
 # %% ../nbs/00_data.ipynb #a9023421
 def write_task(
@@ -388,16 +395,18 @@ def write_task(
     labels: tuple,           # label names, in the order of their ids; empty for a regression on scores from 0 to 5
     columns: tuple=('sentence1', 'sentence2'), # the one or two text columns
     label_column: str='label', # where the labels are; not looked for in the test frame
-    overwrite: bool=False,   # write into a folder that holds other files than this task's, over those of the same names
+    overwrite: bool=False,   # write into a folder with other files, over those of the same names
     **frames,                # train=, dev= and, if you like, test=: data frames
 ) -> Task:
     "Data frames as a task: checked, written to a folder, known by its name"
     labels, columns, folder = tuple(map(str, labels)), tuple(columns), Path(folder)
     task = Task(name, name, columns, labels, label_column=label_column,
-                metrics=('accuracy',) if labels else ('pearson', 'spearman'), test=('test',) if 'test' in frames else ())
+                metrics=('accuracy',) if labels else ('pearson', 'spearman'),
+                test=('test',) if 'test' in frames else ())
     _check_own(task)
     if not {'train', 'dev'} <= frames.keys() <= {'train', 'dev', 'test'}:
-        raise ValueError(f"The frames are {', '.join(frames) or 'none'}; train and dev were expected, and test if there is one.")
+        raise ValueError(f"The frames are {', '.join(frames) or 'none'}; train and dev were expected, "
+                         "and test if there is one.")
     texts = {split: _tsv(task, frame, split) for split, frame in frames.items()} # all are checked before one is written
     if not overwrite: _check_free(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -407,23 +416,28 @@ def write_task(
 
 def _check_free(folder, name):
     "`FileExistsError` for a folder with files that `write_task` did not write for this task"
-    there = sorted(p.name for p in folder.iterdir() if not p.name.startswith('.') and not p.is_dir()) if folder.is_dir() else []
+    files = [p for p in folder.iterdir() if not p.is_dir()] if folder.is_dir() else []
+    there = sorted(p.name for p in files if not p.name.startswith('.'))
     ours = 'task.json' in there and read_json(folder/'task.json').get('name') == name
-    if foreign := [f for f in there if not ours or f not in ('task.json', 'train.tsv', 'dev.tsv', 'test.tsv')]:
-        raise FileExistsError(f"{folder} holds {', '.join(foreign[:4])}, which write_task did not write for the task {name}. "
-                              "Name another folder, or say overwrite=True to have train.tsv, dev.tsv, test.tsv and task.json written over.")
+    own = ('task.json', 'train.tsv', 'dev.tsv', 'test.tsv')
+    if foreign := [f for f in there if not ours or f not in own]:
+        raise FileExistsError(f"{folder} holds {', '.join(foreign[:4])}, which write_task did not write for "
+                              f"the task {name}. Name another folder, or say overwrite=True to have "
+                              f"{', '.join(own)} written over.")
 
 # %% ../nbs/00_data.ipynb #6415f56b
 def open_task(
     folder: str, # from `write_task`
 ) -> Task:
-    "A task of one's own, known by its name again; `ValueError` for a task.json that `write_task` would not write"
+    "A task of one's own, known by its name again; `ValueError` for what `write_task` would not write"
     path = Path(folder)/'task.json'
     if not path.is_file(): raise FileNotFoundError(f"{folder} has no task.json: it is no folder that write_task wrote.")
     try: task = Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in read_json(path).items()})
     except (TypeError, AttributeError) as e: raise ValueError(f"{path} describes no task ({e}). Write it anew with write_task.") from None
     try: _check_own(task)
-    except ValueError as e: raise ValueError(f"{path} describes no task of your own: {e} Write it anew with write_task.") from None
+    except ValueError as e:
+        why = f"{path} describes no task of your own: {e} Write it anew with write_task."
+        raise ValueError(why) from None
     tasks[task.name] = task
     return task
 

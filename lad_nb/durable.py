@@ -30,7 +30,7 @@ def _no_link(path, flags): return os.open(path, flags | getattr(os, 'O_NOFOLLOW'
 def write_aside(
     path: str, # of the file
 ):             # yields a binary file to fill
-    "Write a file whole or not at all: under a new name, kept by the disk, then renamed; links are not followed"
+    "Write a file whole or not at all: under a new name, flushed, then renamed; links are not followed"
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part')
     f = open(part, 'xb', opener=_no_link)
@@ -51,7 +51,8 @@ def write_text(
     try:
         with write_aside(path) as f: f.write(raw)
     except OSError as e:
-        raise OSError(e.errno, f"{path} could not be written ({len(raw):,} bytes): {e.strerror}. What was there before is unchanged") from e
+        raise OSError(e.errno, f"{path} could not be written ({len(raw):,} bytes): {e.strerror}. "
+                               "What was there before is unchanged") from e
 
 def read_json(
     path: str, # of the file
@@ -79,7 +80,8 @@ def append_line(
             except OSError: f.truncate(end); raise
     except OSError as e:
         why = 'it is a link, and nothing is written through one' if e.errno == errno.ELOOP else e.strerror
-        raise OSError(e.errno, f"{path} could not get its next line ({len(text):,} bytes): {why}. The lines before are unchanged") from e
+        raise OSError(e.errno, f"{path} could not get its next line ({len(text):,} bytes): {why}. "
+                               "The lines before are unchanged") from e
 
 def _mend(f):
     "Cut off a torn last line; one that lacks nothing but its end gets it"
@@ -235,10 +237,11 @@ def lock_folder(
 
 # %% ../nbs/05c_durable.ipynb #b917249a
 def end_with_parent():
-    "Have this process end, as if it were killed, when the process that started it is gone, however that ended"
+    "Have this process end, as if killed, when the process that started it is gone, however that ended"
     if (parent := multiprocessing.parent_process()) is None: return
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG: not even a busy process misses it
-    def watch(): parent.join(); os._exit(1) # a pipe that closes: everywhere, and for a parent that was gone already
+    if sys.platform == 'linux': # PR_SET_PDEATHSIG: not even a busy process misses it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    def watch(): parent.join(); os._exit(1) # a pipe that closes: everywhere, and for a parent gone already
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/05c_durable.ipynb #bf7a71e6
@@ -250,11 +253,12 @@ def check_links(
     within = [home] + ([home.parents[1]/'blobs'] if home.parent.name == 'snapshots' else [])
     for path in filter(os.path.islink, _everything(folder)):
         if not any(Path(path).resolve().is_relative_to(w) for w in within):
-            raise ValueError(f"{path} is a link that leads out of its folder, to {os.readlink(path)}: nothing is read or "
-                             "written through it. Put a copy of the file in its place if you trust it.")
+            raise ValueError(f"{path} is a link that leads out of its folder, to {os.readlink(path)}: nothing is read "
+                             "or written through it. Put a copy of the file in its place if you trust it.")
 
 def _everything(folder):
-    "The paths of all files, folders and links in a folder; links are not followed, what can't be listed is an error"
+    "Paths of all files, folders and links in a folder; no link is followed, what can't be listed is an error"
     def unlisted(error):
         if not isinstance(error, FileNotFoundError): raise error # gone since, or not there yet
-    for at, folders, files in os.walk(folder, onerror=unlisted): yield from (os.path.join(at, n) for n in (*folders, *files))
+    for at, folders, files in os.walk(folder, onerror=unlisted):
+        yield from (os.path.join(at, n) for n in (*folders, *files))

@@ -67,7 +67,8 @@ def bad_rows_of(
     "What a run was told to do with lines of a wrong number of fields; 'raise' for a model that is no run's"
     if isinstance(model, PreTrainedModel): return 'raise'
     folder = Path(model)
-    return run_setting(folder.parent if folder.name.startswith('checkpoint-') else folder, 'bad_rows', 'raise')
+    run = folder.parent if folder.name.startswith('checkpoint-') else folder
+    return run_setting(run, 'bad_rows', 'raise')
 
 # %% ../nbs/07_evaluation.ipynb #9d4c3a18
 def splits_named(
@@ -167,9 +168,10 @@ _submission = {'mnli': {'test_matched': 'MNLI-m.tsv', 'test_mismatched': 'MNLI-m
 
 def _no_answer(task, split, lines):
     "Why there is no file of predictions"
-    where = f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:5]))}{', ..' if len(lines) > 5 else ''}"
-    return (f"The {split} split of {task.name} has a wrong number of fields in {where}. A file of predictions answers every "
-            "line by its number: one that is left out would move all answers after it. Mend the file; nothing was written.")
+    where = ', '.join(map(str, lines[:5])) + (', ..' if len(lines) > 5 else '')
+    return (f"The {split} split of {task.name} has a wrong number of fields in line {where}. A file of "
+            "predictions answers every line by its number: one that is left out would move all answers after it. "
+            "Mend that file first.")
 
 def write_predictions(
     model: str,         # the folder of a classifier: a checkpoint, say
@@ -177,13 +179,14 @@ def write_predictions(
     out: str,           # the folder to write to
     data_dir: str=None, max_seq_len: int=128, batch_size: int=256, device_id: int=None, # as in `evaluate`
     split: str='test',  # 'test', or 'train' or 'dev' to look at answers whose labels are known
-    bad_rows: str=None, # as in `evaluate`; a file with such lines is refused, since one answer is asked for every line
+    bad_rows: str=None, # as in `evaluate`; but every line needs its answer, so that such lines are refused
 ) -> list:              # the files: RTE.tsv; MNLI has MNLI-m.tsv and MNLI-mm.tsv
     "Write the GLUE submission file of a model"
     task, out, names = get_task(task), Path(out), splits_named(task, split, labelled=False)
     classifier, tokenizer, files = load_classifier(model, task), load_tokenizer(model), []
     for name in names:
-        data = load_task(task, name, data_dir, bad_rows=bad_rows or bad_rows_of(model), left_out=(left_out := []))
+        left_out = []
+        data = load_task(task, name, data_dir, bad_rows=bad_rows or bad_rows_of(model), left_out=left_out)
         if left_out: raise ValueError(_no_answer(task, name, left_out))
         data = encode(data, tokenizer, max_seq_len)
         logits = predict(classifier, data, tokenizer, batch_size, device_id)

@@ -52,7 +52,8 @@ class Study:
     def __post_init__(self):
         if not isinstance(self.lrs, dict): raise TypeError(f"lrs is {self.lrs!r}; it names the rates of each task: lrs={{{next(iter(self.tasks), 'sst2')!r}: (1e-4, 3e-4)}}, say.")
         for what, values in (('seeds', self.seeds), *((f'lrs[{t!r}]', lrs) for t, lrs in self.lrs.items())):
-            if len(set(values)) < len(values): raise ValueError(f"{what} names one twice: {tuple(values)}. Each is run once: leave it out.")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what} names one twice: {tuple(values)}. Each is run once: leave it out.")
 
     def recipe(self, task, method, seed, lr=None) -> Recipe:
         "The recipe of one run"
@@ -149,9 +150,9 @@ def _twice(path, first, second, one, other):
     "What is wrong with a table that has two lines of one run, and what to do"
     same = one['scores'] == other['scores']
     scores = f"both say {one['scores']}" if same else f"they say {one['scores']} and {other['scores']}"
-    return (f"{path}, lines {first} and {second}: two results of one run ({one['study']}, {one['stage']}: {one['task']}, "
-            f"{one['method']}, seed {one['seed']}, lr {one['recipe']['lr']:g}); {scores}. Neither is taken: delete the line that "
-            "you do not want, or both, and the study does the run again.")
+    run = '{study}, {stage}: {task}, {method}, seed {seed}'.format(**one) + f", lr {one['recipe']['lr']:g}"
+    return (f"{path}, lines {first} and {second}: two results of one run ({run}); {scores}. Neither is taken: "
+            "delete the line that you do not want, or both, and the study does the run again.")
 
 _present_names = dict(layer_map='layers_mixing', contributions='gates_mixing', steps='steps_mixing', tokens='tokens_mixing') # what 0.1 measured
 def _present(line):
@@ -190,11 +191,13 @@ def _teach(study, tasks, root, results, say):
         recipe = study.teachers[task]
         folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
         def wait(): say(f'teacher on {task}: another process has {folder}; waiting for it')
-        with lock_folder(folder, wait): _teach_one(recipe, folder, _teacher_job(study, task), root, results, say)
+        with lock_folder(folder, wait):
+            _teach_one(recipe, folder, _teacher_job(study, task), root, results, say)
 
 def _teach_one(recipe, folder, job, root, results, say):
     "One teacher, in a folder that nobody else has"
-    if (folder/'model.safetensors').exists(): check_same(folder, dict(recipe=in_updates(recipe, _train_rows(recipe)).to_dict()))
+    if (folder/'model.safetensors').exists():
+        check_same(folder, dict(recipe=in_updates(recipe, _train_rows(recipe)).to_dict()))
     else:
         say(f'teacher on {recipe.task}: {recipe.total_step} updates')
         run(recipe, root, resume=True, progress=False)
