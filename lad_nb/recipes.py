@@ -167,7 +167,7 @@ class Evaluation:
     task: str = _f('rte', 'its task')
     experiment: str = _f('lad', 'name of the experiment')
     dataset: str = _f('dev', 'split; test for predictions')
-    batch_size: int = _f(256, 'examples at a time')
+    batch_size: int = _f(256, 'examples at a time', COUNT)
     model: str = _f('bert', 'its kind of model')
     data_dir: str = _f(None, "folder of the task's TSV files; the run's by default")
     bad_rows: str = _f(None, "lines with a wrong number of fields: raise or skip; as the run was told, by default", ('raise', 'skip'))
@@ -182,6 +182,9 @@ class Evaluation:
     soft_weight: float = _f(None, "of the soft loss; the run's by default")
     hard_weight: float = _f(None, "of the hard loss; the run's by default")
     log_step: int = _f(None, 'accepted as in the run book; here a checkpoint has one mean')
+
+    def __post_init__(self):
+        for f in fields(self): object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
 
     def replace(self, **changes) -> 'Evaluation': return replace(self, **changes)
 
