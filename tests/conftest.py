@@ -33,8 +33,9 @@ FEW = dict(task='toy', max_seq_len=32, batch_size=16, total_step=4, warmup_step=
 @pytest.fixture(scope='session')
 def experiments(tmp_path_factory):
     """A folder of experiments with one teacher in it: a tiny BERT of random weights, fine-tuned on the toy task for four updates."""
-    from lad_nb.recipes import run, run_books
-    from lad_nb.students import random_bert
+    from lad_nb.experiment import run
+    from lad_nb.run_books import run_books
+    from lad_nb.encoders import random_bert
     root = tmp_path_factory.mktemp('experiments')
     encoder = random_bert(root/'encoder', num_attention_heads=12)
     teacher = run_books['rte']['fine_tune'].replace(experiment='teacher', ptrain_ver=str(encoder), lr=5e-5, **FEW)
@@ -49,7 +50,8 @@ def tiny(tmp_path_factory):
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-    from lad_nb.data import tasks, toy_examples
+    from lad_nb.tasks import tasks
+    from lad_nb.toy import toy_examples
     folder = tmp_path_factory.mktemp('tiny')
     words = sorted({w for e in toy_examples(3000) for s in (e['sentence1'], e['sentence2']) for w in s.removesuffix('.').split()})
     special = dict(pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]', mask_token='[MASK]')
@@ -83,6 +85,6 @@ def no_runs_left_behind(request):
 @pytest.fixture
 def lad():
     """A LAD recipe of four updates that learns from that teacher."""
-    from lad_nb.recipes import run_books
+    from lad_nb.run_books import run_books
     book = run_books['rte']
     return book['lad'].replace(experiment='lad', num_hidden_layers=3, teacher_exp='teacher', tckpt=4, **FEW)

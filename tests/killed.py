@@ -13,7 +13,8 @@ from pathlib import Path
 import lad_nb.cache
 import lad_nb.durable
 from lad_nb.recipes import FAST, Recipe
-from lad_nb.study import Study, read_results, run_study
+from lad_nb.study import Study, run_study
+from lad_nb.results import read_results
 
 FILES = ('model.safetensors', 'gates.safetensors', 'log.jsonl')
 EVENTS = ('open', 'os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'os.truncate', 'shutil.rmtree')

@@ -6,14 +6,16 @@ import pandas as pd
 import pytest
 import torch
 
-from lad_nb.analysis import (CKA, calibrated, gate_openness, gate_shares, interval, layer_cka, layer_map, linear_probes, loss_parts, open_with_teacher, paired_differences, passes,
-                             seed_differences, shares_by_example, shares_by_step, shares_by_token, summarise, teacher_agreement, token_classes)
+from lad_nb.similarity import CKA, layer_cka, linear_probes, loss_parts, teacher_agreement
+from lad_nb.statistics import calibrated, interval, paired_differences, seed_differences, summarise
+from lad_nb.analysis import gate_openness, gate_shares, layer_map, open_with_teacher, passes, shares_by_example, shares_by_step, shares_by_token, token_classes
 from lad_nb import cli
-from lad_nb.analysis import dev_losses
-from lad_nb.data import SMALL, load_task, load_tokenizer
+from lad_nb.similarity import dev_losses
+from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.data import load_task
 from lad_nb.evaluation import evaluate
-from lad_nb.recipes import build, open_run, run
-from lad_nb.training import read_log
+from lad_nb.experiment import build, open_run, run
+from lad_nb.runs import read_log
 
 
 def cka(*states, batch=None):
@@ -306,7 +308,7 @@ def test_dev_losses_without_and_with_a_teacher(experiments, lad, capsys):
 
 def test_a_probe_reads_what_is_there_and_no_more(experiments):
     """The teacher's own head reads its pooled [CLS]; a probe of the last layer must not be far below it, and shuffled labels leave it at chance."""
-    from lad_nb.recipes import run_books
+    from lad_nb.run_books import run_books
     from conftest import FEW
     recipe = run_books['rte']['fine_tune'].replace(experiment='reads', ptrain_ver=SMALL, lr=5e-5, **FEW)
     teacher = run(recipe, experiments, progress=False)  # random weights have nothing to read
@@ -317,7 +319,7 @@ def test_a_probe_reads_what_is_there_and_no_more(experiments):
 
 
 def test_probes_and_agreement_of_a_regression(tmp_path, experiments, lad):
-    from lad_nb.recipes import run_books
+    from lad_nb.run_books import run_books
     from conftest import FEW
     for split, rows in (('train', 48), ('dev', 24)):
         lines = [f'{i}\ta man {a} a dog\ta man {b} a dog\t{5. if a == b else 1. + i % 3/2}' for i in range(rows) for a, b in [(('saw', 'fed', 'hit')[i % 3], ('saw', 'fed', 'hit')[i//3 % 3])]]

@@ -167,13 +167,15 @@ def test_the_tutorial_in_a_real_jupyterlab(lab, chromium, tmp_path):
 MANY = """import os, sys, time, warnings
 import numpy as np
 warnings.filterwarnings('ignore', message='.*no better than chance') # four updates teach a teacher nothing
-from lad_nb.recipes import recipe_from_dict, run
-from lad_nb.widgets import LiveView, Stepper
+from lad_nb.recipes import recipe_from_dict
+from lad_nb.experiment import run
+from lad_nb.panel import LiveView, panel as show_panel
+from lad_nb.stepper import Stepper
 recipe, root = recipe_from_dict(RECIPE), ROOT
 
 watched, free = Stepper(recipe.replace(experiment='watched'), root), Stepper(recipe.replace(experiment='unwatched'), root)
 for callback in (free._reader, free.trainer.callback_handler.callbacks[-1]): free.trainer.remove_callback(callback) # nothing but the place to wait
-panel = watched.panel()
+panel = show_panel(watched)
 panel
 %%
 def timed(stepper, n=20): # seconds of the clock, and of this process' work: other processes disturb the first
@@ -195,8 +197,9 @@ def test_five_hundred_steps_through_the_panel(lab, chromium, tmp_path, experimen
     """Memory of kernel and page stays flat; a step costs at most a tenth over a free one, a live view at most 2 % of its training."""
     import nbformat
     from conftest import FEW
-    from lad_nb.data import SMALL
-    from lad_nb.recipes import run, run_books
+    from lad_nb.models import SMALL
+    from lad_nb.experiment import run
+    from lad_nb.run_books import run_books
     teacher = run_books['rte']['fine_tune'].replace(experiment='teacher_small', ptrain_ver=SMALL, lr=5e-5, **FEW)
     run(teacher, experiments, progress=False)  # a step as long as a real one: beside a tiny model any panel is dear
     recipe = lad.replace(teacher_exp='teacher_small', total_step=524, warmup_step=20, batch_size=8, ckpt_step=10_000, log_step=50)

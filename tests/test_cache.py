@@ -9,9 +9,11 @@ import pytest
 from test_training import FILES, in_a_process, same_bytes
 
 from lad_nb.cache import _write, teacher_cache
-from lad_nb.data import SMALL, encode, load_task, load_tokenizer
-from lad_nb.recipes import FAST, make_trainer, run
-from lad_nb.students import load_classifier
+from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.data import encode, load_task
+from lad_nb.recipes import FAST
+from lad_nb.experiment import make_trainer, run
+from lad_nb.encoders import load_classifier
 
 METHODS = ['lad', 'bert_pkd', 'alp_kd_hidden', *(pytest.param(m, marks=pytest.mark.slow) for m in ('lad_cls', 'lad_no', 'partial_lad', 'lad_reversed', 'alp_kd', 'alp_kd_hidden_v2', 'layer_mean', 'kd'))]
 
@@ -61,8 +63,9 @@ def rows(experiments):
 BUILD = """
 import sys, time
 from lad_nb import cache
-from lad_nb.data import SMALL, encode, load_task, load_tokenizer
-from lad_nb.students import load_classifier
+from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.data import encode, load_task
+from lad_nb.encoders import load_classifier
 tokenizer = load_tokenizer(SMALL)
 teacher, data = load_classifier({teacher!r}, 'toy').eval(), encode(load_task('toy', size=120), tokenizer, 32)
 ask, count = cache._ask, []

@@ -8,9 +8,11 @@ import pytest
 from conftest import FEW
 from transformers import BertConfig, BertForSequenceClassification
 
-from lad_nb import cli
-from lad_nb.data import SMALL, load_tokenizer
-from lad_nb.recipes import Recipe, recipe_from_dict, run, run_books
+from lad_nb import cli, quickstart
+from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.recipes import Recipe, recipe_from_dict
+from lad_nb.experiment import run
+from lad_nb.run_books import run_books
 
 FLAGS = '--task toy --max_seq_len 32 --batch_size 16 --total_step 4 --warmup_step 1 --ckpt_step 2 --log_step 2 --device_id -1'
 LAD = f'run_lad_distil --experiment new --teacher_exp teacher --tckpt 4 --num_hidden_layers 3 {FLAGS}'
@@ -173,8 +175,8 @@ def test_epochs_count_as_in_the_later_release(glue, tmp_path, monkeypatch, capsy
 
 
 def test_quickstart_leaves_what_it_says(tmp_path, monkeypatch, capsys):
-    few = {name: r.replace(total_step=2, warmup_step=1) for name, r in cli.quickstart_recipes.items()}
-    monkeypatch.setattr(cli, 'quickstart_recipes', few)
+    few = {name: r.replace(total_step=2, warmup_step=1) for name, r in quickstart.quickstart_recipes.items()}
+    monkeypatch.setattr(quickstart, 'quickstart_recipes', few)
     code, out, err = lad_nb('quickstart', tmp_path/'q', capsys)
     assert code == 0, err
     table = pd.read_csv(tmp_path/'q'/'table.csv', index_col=0)

@@ -5,8 +5,11 @@ import datasets, numpy as np, pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset
 
-from lad_nb import data
-from lad_nb.data import SMALL, encode, load_task, load_tokenizer, read_tsv, splits, tasks, toy_examples
+
+from lad_nb.models import SMALL, load_tokenizer, model_folder
+from lad_nb.data import encode, load_task, read_tsv
+from lad_nb.tasks import features, splits, tasks
+from lad_nb.toy import PHENOMENA, toy_examples
 
 
 
@@ -66,7 +69,7 @@ def test_hub_layout(tmp_path, monkeypatch, task):
     monkeypatch.delenv('LAD_NB_GLUE', raising=False); monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, 'snapshot_download', lambda *a, **k: str(tmp_path))
     loaded = load_task(task, task.dev[0])
-    assert loaded['sentence1'][1] == f'{columns[0]} 1' and loaded.features == data.features(task)
+    assert loaded['sentence1'][1] == f'{columns[0]} 1' and loaded.features == features(task)
     assert list(loaded['label']) == rows['label']
 
 
@@ -76,7 +79,7 @@ def test_hub_is_asked_once_and_fails_fast(tmp_path, monkeypatch):
     def no_network(*a, **k): raise ConnectionError('no network')
     monkeypatch.setattr(data, 'snapshot_download', no_network)
     with pytest.raises(FileNotFoundError, match="take the built-in task 'toy'"): load_task('qqp')
-    with pytest.raises(FileNotFoundError, match='which works offline'): data.model_folder('bert-base-uncased')
+    with pytest.raises(FileNotFoundError, match='which works offline'): model_folder('bert-base-uncased')
 
 
 def test_toy_task():
@@ -86,7 +89,7 @@ def test_toy_task():
     for s in ('train', 'dev'): assert abs(np.mean(loaded[s]['label']) - .5) < .01
     assert 'label' not in loaded['test'].column_names
     assert max(map(len, encode(loaded['train'], load_tokenizer(SMALL), 64)['input_ids'])) <= 32
-    assert {e['phenomenon'] for e in toy_examples(64)} == {f.__name__ for f in data.PHENOMENA}
+    assert {e['phenomenon'] for e in toy_examples(64)} == {f.__name__ for f in PHENOMENA}
 
 
 def test_sampling_is_the_runs_own(glue, monkeypatch):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lad_nb.recipes import FAST, run
-from lad_nb.training import read_log
+from lad_nb.recipes import FAST
+from lad_nb.experiment import run
+from lad_nb.runs import read_log
 
 PARTS = ('loss', 'hard', 'soft', 'hidden_1', 'hidden_2', 'hidden_3')
 

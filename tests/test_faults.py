@@ -14,9 +14,11 @@ from transformers import TrainerCallback
 from test_training import in_a_process, same_bytes
 
 from lad_nb.durable import CHECKSUMS, find_damage
-from lad_nb.recipes import Recipe, make_trainer, run
-from lad_nb.study import append_result, read_results
-from lad_nb.training import DistilTrainer, checkpoints, experiment_folder, read_log, sound_checkpoint, train
+from lad_nb.recipes import Recipe
+from lad_nb.experiment import make_trainer, run
+from lad_nb.results import append_result, read_results
+from lad_nb.training import DistilTrainer, train
+from lad_nb.runs import checkpoints, experiment_folder, read_log, sound_checkpoint
 
 pytestmark = pytest.mark.faults
 SETTINGS = dict(total_step=5, ckpt_step=2, log_step=2)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from lad_nb.data import SMALL, load_task, load_tokenizer
+from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.data import load_task
 from lad_nb.distiller import Distiller
 from lad_nb.gates import GateChain, aggregate_parts, content_shares, gate_amounts, mixing_weights, to_shares
 from lad_nb.mappings import make_mapping
-from lad_nb.students import load_encoder
+from lad_nb.encoders import load_encoder
 
 T, B, S, H = 6, 3, 5, 8
 CHAINS = dict(one=((1, 2, 3, 4, 5, 6),), reversed=((6, 5, 4, 3, 2, 1),), no_overlap=((1, 2), (3, 4), (5, 6)),

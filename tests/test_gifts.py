@@ -9,15 +9,19 @@ import pandas as pd
 import pytest
 
 from lad_nb import cli
-from lad_nb.analysis import teacher_agreement
+from lad_nb.similarity import teacher_agreement
 from lad_nb.cache import teacher_cache
-from lad_nb.data import encode, load_task, load_tokenizer, open_task, tasks, write_task
+from lad_nb.data import encode, load_task
+from lad_nb.models import load_tokenizer
+from lad_nb.tasks import open_task, tasks, write_task
 from lad_nb.durable import append_line, check_links, write_text
 from lad_nb.evaluation import costs, evaluate, score_checkpoints
-from lad_nb.recipes import Recipe, open_run, run
-from lad_nb.students import load_classifier, random_bert
-from lad_nb.study import Study, append_result, read_results, run_study
-from lad_nb.training import find_checkpoint
+from lad_nb.recipes import Recipe
+from lad_nb.experiment import open_run, run
+from lad_nb.encoders import load_classifier, random_bert
+from lad_nb.study import Study, run_study
+from lad_nb.results import append_result, read_results
+from lad_nb.runs import find_checkpoint
 
 pytestmark = pytest.mark.faults
 LABELS = ['bad', 'neither', 'good']

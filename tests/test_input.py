@@ -13,9 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lad_nb.cli import indices, parse, recipe_of
-from lad_nb.data import encode, load_task, load_tokenizer, read_tsv, tasks
+from lad_nb.data import encode, load_task, read_tsv
+from lad_nb.models import load_tokenizer
+from lad_nb.tasks import tasks
 from lad_nb.mappings import make_mapping, mapping_from_dict, mapping_to_dict, methods
-from lad_nb.recipes import Recipe, _check, mapping_of, recipe_from_dict, run_description
+from lad_nb.recipes import Recipe, mapping_of, recipe_from_dict
+from lad_nb.experiment import _check
+from lad_nb.runs import run_description
 
 pytestmark = pytest.mark.faults
 CASES = pytest.mark.parametrize('cases', [150, pytest.param(1700, marks=pytest.mark.slow)])

@@ -5,8 +5,9 @@ import shutil
 import pytest
 from transformers import TrainerCallback
 
-from lad_nb.recipes import make_trainer, run
-from lad_nb.training import read_log, train
+from lad_nb.experiment import make_trainer, run
+from lad_nb.runs import read_log
+from lad_nb.training import train
 
 FILES = ('model.safetensors', 'gates.safetensors', 'log.jsonl')
 

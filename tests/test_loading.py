@@ -15,12 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lad_nb import cli
-from lad_nb.data import SMALL, encode, load_task, load_tokenizer, toy_examples, write_task
+from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.data import encode, load_task
+from lad_nb.toy import toy_examples
+from lad_nb.tasks import write_task
 from lad_nb.evaluation import best_checkpoint, evaluate, predict, score_checkpoints, write_predictions
 from lad_nb.interchange import load_script_model
-from lad_nb.recipes import open_run, plan, run
-from lad_nb.students import load_classifier, load_encoder, make_classifier, make_student
-from lad_nb.training import checkpoints, find_checkpoint
+from lad_nb.experiment import open_run, plan, run
+from lad_nb.encoders import load_classifier, load_encoder, make_classifier
+from lad_nb.students import make_student
+from lad_nb.runs import checkpoints, find_checkpoint
 
 pytestmark = pytest.mark.faults
 CHECKSUMS = 'checksums.json'

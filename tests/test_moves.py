@@ -12,18 +12,22 @@ import huggingface_hub
 import pytest
 import torch
 
-from lad_nb import data as lad_data
-from lad_nb import training
-from lad_nb.analysis import gate_shares, teacher_agreement
-from lad_nb.cli import main
+from lad_nb import toy as lad_toy
+from lad_nb import devices, models
+from lad_nb.analysis import gate_shares
+from lad_nb.similarity import teacher_agreement
+from lad_nb.__main__ import main
 from lad_nb.data import load_task
 from lad_nb.durable import write_checksums
 from lad_nb.evaluation import evaluate, score_checkpoints
 from lad_nb.mappings import make_mapping, mapping_to_dict
-from lad_nb.recipes import Recipe, build, open_run, plan, recipe_from_dict, rerun, rows_hash, run, run_description
-from lad_nb.students import load_classifier
-from lad_nb.training import pick_precision
-from lad_nb.widgets import Stepper
+from lad_nb.recipes import Recipe, recipe_from_dict
+from lad_nb.experiment import build, open_run, plan, rerun, run
+from lad_nb.sources import rows_hash
+from lad_nb.runs import run_description
+from lad_nb.encoders import load_classifier
+from lad_nb.devices import pick_precision
+from lad_nb.stepper import Stepper
 
 pytestmark = pytest.mark.faults
 FEW = dict(task='rte', max_seq_len=32, batch_size=8, total_step=4, warmup_step=1, ckpt_step=2, log_step=2, device_id=-1)
@@ -31,7 +35,7 @@ FEW = dict(task='rte', max_seq_len=32, batch_size=8, total_step=4, warmup_step=1
 
 def tsv(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (f"{e['sentence1']}\t{e['sentence2']}\t{e['label']}" for e in lad_data.toy_examples(rows))
+    lines = (f"{e['sentence1']}\t{e['sentence2']}\t{e['label']}" for e in lad_toy.toy_examples(rows))
     path.write_text('sentence1\tsentence2\tlabel\n' + '\n'.join(lines) + '\n')
 
 
@@ -66,7 +70,7 @@ def nobody_asked(monkeypatch):
     asked = []
     def snapshot(name, *_, **__): asked.append(name); raise OSError('the hub was asked')
     def connect(self, address): asked.append(address); raise OSError('a connection was opened')
-    monkeypatch.setattr(lad_data, 'snapshot_download', snapshot)
+    monkeypatch.setattr(models, 'snapshot_download', snapshot)
     monkeypatch.setattr(socket.socket, 'connect', connect)
     return asked
 
@@ -228,7 +232,7 @@ def test_the_draw_is_part_of_the_rows(home):
     assert len({rows(), rows(size=16), rows(size=16, sample_seed=1), rows(size=17)}) == 4 and rows(size=16) == rows(size=16)
 
 
-def with_units(monkeypatch, has): monkeypatch.setattr(training, '_bf16_units', lambda device: (has, 'this processor is made up'))
+def with_units(monkeypatch, has): monkeypatch.setattr(devices, '_bf16_units', lambda device: (has, 'this processor is made up'))
 
 
 def test_precision_is_settled_once(home, monkeypatch):

@@ -10,9 +10,10 @@ from transformers import TrainerCallback
 
 from lad_nb.cache import teacher_cache
 from lad_nb.durable import find_damage
-from lad_nb.recipes import make_trainer, run
-from lad_nb.students import load_classifier
-from lad_nb.training import checkpoints, read_log, train
+from lad_nb.experiment import make_trainer, run
+from lad_nb.encoders import load_classifier
+from lad_nb.runs import checkpoints, read_log
+from lad_nb.training import train
 
 pytestmark = pytest.mark.faults
 
@@ -151,7 +152,7 @@ def test_a_teacher_at_chance(quick, tmp_path, cached):
             answer = lambda ids: torch.nn.functional.one_hot(torch.tensor([labels[tuple(i[i != 0].tolist())] for i in ids]), 2).float()
             if cached: trainer.cache.shards = [s | dict(logits=torch.nn.functional.one_hot(torch.tensor(list(trainer.train_dataset['labels'])), 2).float()) for s in trainer.cache.shards]
             else: trainer.model.ask_teacher = lambda input_ids, **_: (None, answer(input_ids))
-        from lad_nb.training import check_teacher
+        from lad_nb.health import check_teacher
         before = torch.get_rng_state()
         check_teacher(trainer)
         assert torch.equal(before, torch.get_rng_state())

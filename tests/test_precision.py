@@ -4,8 +4,9 @@ import torch
 from torch.nn import functional as F
 
 from lad_nb.losses import hard_loss, soft_loss
-from lad_nb.recipes import make_trainer, run
-from lad_nb.training import read_log, train
+from lad_nb.experiment import make_trainer, run
+from lad_nb.runs import read_log
+from lad_nb.training import train
 
 
 def in_float64(distiller, batch, out):

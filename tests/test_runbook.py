@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 
 from lad_nb import cli
-from lad_nb.data import SMALL, get_task, tasks
-from lad_nb.recipes import Evaluation, Recipe, run_books
+from lad_nb.models import SMALL
+from lad_nb.tasks import get_task, tasks
+from lad_nb.recipes import Evaluation, Recipe
+from lad_nb.run_books import run_books
 
 SHARED = Path(__file__).parents[2]/'shared'
 BOOK = Path(os.environ.get('LAD_NB_RUNBOOK') or SHARED/'seed'/'fine_tune_rte.md')

@@ -12,14 +12,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lad_nb.cli import main
-from lad_nb.data import load_tokenizer, model_folder
+from lad_nb.__main__ import main
+from lad_nb.models import load_tokenizer, model_folder
 from lad_nb.durable import write_checksums
 from lad_nb.evaluation import evaluate
 from lad_nb.interchange import load_script_model
-from lad_nb.recipes import open_run, rerun, run
-from lad_nb.students import load_classifier, load_encoder
-from lad_nb.training import checkpoints, experiment_folder, find_checkpoint
+from lad_nb.experiment import open_run, rerun, run
+from lad_nb.encoders import load_classifier, load_encoder
+from lad_nb.runs import checkpoints, experiment_folder, find_checkpoint
 
 pytestmark = pytest.mark.faults
 
@@ -210,7 +210,8 @@ def look(event, args):
     if event in ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname', 'socket.sendto'): print('asked:', event, args[1:] if event == 'socket.connect' else args, flush=True)
 sys.addaudithook(look)
 import lad_nb.cli, lad_nb.study, lad_nb.widgets, lad_nb.interchange
-from lad_nb.recipes import open_run, recipe_from_dict, rerun, run
+from lad_nb.experiment import open_run, rerun, run
+from lad_nb.recipes import recipe_from_dict
 from lad_nb.evaluation import evaluate
 folder = run(recipe_from_dict({quick.to_dict()!r}), {str(tmp_path)!r}, progress=False)
 evaluate(folder, 'toy', max_seq_len=32, device_id=-1), open_run(folder), rerun(folder, progress=False)

@@ -7,8 +7,9 @@ import pytest
 from transformers import TrainerCallback
 
 from lad_nb.evaluation import evaluate
-from lad_nb.recipes import FAST, run
-from lad_nb.training import checkpoints, read_log
+from lad_nb.recipes import FAST
+from lad_nb.experiment import run
+from lad_nb.runs import checkpoints, read_log
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 WARM_UP, BOUND = 400, 2048 # updates; bytes per update: over the 1,155 of the run book, less than 2.4 MB

@@ -16,17 +16,9 @@ import pytest
 from two_processes import study
 
 from lad_nb.durable import append_line, lock_folder
-from lad_nb.study import (
-    append_result,
-    chosen_lrs,
-    collect,
-    jobs,
-    missing,
-    read_results,
-    run_study,
-    tuning_table,
-    verdicts,
-)
+from lad_nb.results import append_result, read_results
+from lad_nb.study import chosen_lrs, collect, jobs, missing, run_study, tuning_table
+from lad_nb.section5 import verdicts
 
 pytestmark = pytest.mark.faults
 PROGRAM = Path(__file__).with_name('two_processes.py')

@@ -6,9 +6,12 @@ import pandas as pd
 import pytest
 
 from lad_nb import cli
-from lad_nb.data import SMALL, load_task, tasks, write_task
+from lad_nb.models import SMALL
+from lad_nb.data import load_task
+from lad_nb.tasks import tasks, write_task
 from lad_nb.evaluation import score_checkpoints, write_predictions
-from lad_nb.recipes import Recipe, open_run, run
+from lad_nb.recipes import Recipe
+from lad_nb.experiment import open_run, run
 
 WORDS = 'a man runs fast while the old dog sleeps under his red table and nobody looks'.split()
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import FEW
 
-from lad_nb.recipes import build, make_trainer, open_run, rerun, run
-from lad_nb.training import find_checkpoint, read_log
+from lad_nb.experiment import build, make_trainer, open_run, rerun, run
+from lad_nb.runs import find_checkpoint, read_log
 
 FILES = ('model.safetensors', 'gates.safetensors', 'log.jsonl')
 

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from torch.utils.data import SequentialSampler
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
-from lad_nb.data import load_tokenizer
+from lad_nb.models import load_tokenizer
 from lad_nb.distiller import Distiller
 from lad_nb.mappings import make_mapping
-from lad_nb.training import DistilTrainer, read_log, train, training_arguments
+from lad_nb.training import DistilTrainer, train, training_arguments
+from lad_nb.runs import read_log
 
 FOLDER = Path(os.environ.get('LAD_NB_GOLDEN') or Path(__file__).parents[2]/'shared'/'golden')
 if not list(FOLDER.glob('traj_*.safetensors')):

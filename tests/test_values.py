@@ -14,13 +14,18 @@ import pytest
 from conftest import ROOT
 
 from lad_nb.benchmark import benchmark
-from lad_nb.cli import main, parse, recipe_of
+from lad_nb.__main__ import main
+from lad_nb.cli import parse, recipe_of
 from lad_nb.data import read_tsv
-from lad_nb.recipes import Recipe, open_run, recipe_from_dict, rerun, run, training_bytes
-from lad_nb.students import load_encoder, make_student
-from lad_nb.training import find_checkpoint
+from lad_nb.recipes import Recipe, recipe_from_dict
+from lad_nb.experiment import open_run, rerun, run
+from lad_nb.sources import training_bytes
+from lad_nb.encoders import load_encoder
+from lad_nb.students import make_student
+from lad_nb.runs import find_checkpoint
 from lad_nb.values import Range, shown
-from lad_nb.widgets import Panel, Stepper
+from lad_nb.panel import Panel
+from lad_nb.stepper import Stepper
 
 pytestmark = pytest.mark.faults
 

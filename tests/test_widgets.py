@@ -15,9 +15,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lad_nb.recipes import make_trainer, run
-from lad_nb.training import checkpoints, find_checkpoint, read_log
-from lad_nb.widgets import LiveView, Panel, Reader, Stepper
+from lad_nb.experiment import make_trainer, run
+from lad_nb.runs import checkpoints, find_checkpoint, read_log
+from lad_nb.panel import LiveView, Panel
+from lad_nb.records import Reader
+from lad_nb.stepper import Stepper
 
 FILES = ('model.safetensors', 'gates.safetensors', 'log.jsonl')
 SETTINGS = dict(total_step=7, ckpt_step=3, log_step=2)
@@ -166,7 +168,7 @@ def test_movement_is_what_the_weights_did(experiments, recipe):
 
 
 def test_fine_tuning_can_be_stepped_as_well(experiments, recipe):
-    from lad_nb.data import SMALL
+    from lad_nb.models import SMALL
     with Stepper(recipe.replace(experiment='tuned', method='fine_tune', ptrain_ver=SMALL), experiments) as stepper:
         record = stepper.step()
         assert record.teacher_logits is None and record.shares is None and set(record.terms) == {'hard'} and len(record.draw().png()) > 5000
@@ -184,7 +186,7 @@ def test_live_view_leaves_the_bytes_and_no_hook(experiments, recipe, whole):
 
 KERNEL = '''
 from lad_nb.recipes import recipe_from_dict
-from lad_nb.widgets import Stepper
+from lad_nb.stepper import Stepper
 stepper = Stepper(recipe_from_dict({recipe!r}), {root!r}, resume=True)
 '''
 
