@@ -21,7 +21,7 @@ def main(
     "The console command `lad-nb`; also `python -m lad_nb`"
     before = signal.getsignal(signal.SIGINT)
     if before != signal.SIG_IGN: signal.signal(signal.SIGINT, _leave) # nohup and the like keep their word
-    from lad_nb.__main__ import main as run
+    from lad_nb.cli import main as run
     signal.signal(signal.SIGINT, before)
     code = run(argv)
     if code == 130: signal.signal(signal.SIGINT, signal.SIG_IGN) # on the way out: Ctrl-C again would end in a traceback

@@ -16,7 +16,7 @@ from lad_nb import toy as lad_toy
 from lad_nb import devices, models
 from lad_nb.analysis import gate_shares
 from lad_nb.similarity import teacher_agreement
-from lad_nb.__main__ import main
+from lad_nb.cli import main
 from lad_nb.data import load_task
 from lad_nb.durable import write_checksums
 from lad_nb.evaluation import evaluate, score_checkpoints

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lad_nb.__main__ import main
+from lad_nb.cli import main
 from lad_nb.models import load_tokenizer, model_folder
 from lad_nb.durable import write_checksums
 from lad_nb.evaluation import evaluate

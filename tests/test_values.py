@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from lad_nb.benchmark import benchmark
-from lad_nb.__main__ import main
+from lad_nb.cli import main
 from lad_nb.cli import parse, recipe_of
 from lad_nb.data import read_tsv
 from lad_nb.recipes import Recipe, recipe_from_dict
