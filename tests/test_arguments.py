@@ -1,4 +1,4 @@
-"""The arguments of a training: what can't work is refused, and the device is the one that Trainer computes on."""
+"""The arguments of a training: what can't work is refused, and Trainer computes on the named device."""
 import pytest
 import torch
 

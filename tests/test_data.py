@@ -50,7 +50,8 @@ LAYOUTS = dict(  # the header, a row, what it reads as
           'sentence2_parse sentence1 sentence2 label1 gold_label',
           [*'0 1 1n fiction ( ) ( )'.split(), 'A man runs.', 'He sits.', 'neutral', 'contradiction'],
           dict(sentence1='A man runs.', sentence2='He sits.', label=2)),
-    cola=('', ['gj04', '1', '', 'They drank the pub dry.'], dict(sentence1='They drank the pub dry.', label=1)),
+    cola=('', ['gj04', '1', '', 'They drank the pub dry.'],
+          dict(sentence1='They drank the pub dry.', label=1)),
     stsb=('index genre filename year old_index source1 source2 sentence1 sentence2 score',
           [*'0 news f 2012 1 n n'.split(), 'A plane.', 'An air plane.', '4.750'],
           dict(sentence1='A plane.', sentence2='An air plane.', label=4.75)))
