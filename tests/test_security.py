@@ -221,8 +221,8 @@ def test_a_model_that_asks_for_code(quick, tiny, tmp_path, asks):
 
 HOSTILE = [dict(experiment='../x'), dict(experiment=5), dict(task='../toy'), dict(lr='3e-4'),
            dict(total_step=True), dict(gate_indices=['2']), dict(gate_indices='2'), dict(__class__='x'),
-           dict(seed=1.5), dict(mask_padding=1), dict(num_hidden_layers='__import__("os")'), dict(dropout=None),
-           dict(teacher=['a']), dict(softmax_temp={})]
+           dict(seed=1.5), dict(mask_padding=1), dict(num_hidden_layers='__import__("os")'),
+           dict(dropout=None), dict(teacher=['a']), dict(softmax_temp={})]
 
 
 @pytest.mark.parametrize('change', HOSTILE, ids=str)

@@ -34,8 +34,8 @@ class Watch(TrainerCallback):
 
 def test_two_thousand_updates(quick, tmp_path):
     watch = Watch()
-    long = dict(precision='fp32', total_step=2000, warmup_step=100, train_size=1600, ckpt_step=100, keep_ckpt=3,
-                log_step=50)
+    long = dict(precision='fp32', total_step=2000, warmup_step=100, train_size=1600, ckpt_step=100,
+                keep_ckpt=3, log_step=50)
     recipe = quick.replace(**FAST).replace(**long)
     folder = run(recipe, tmp_path, progress=False, callbacks=[watch])
     assert list(checkpoints(folder)) == [1800, 1900, 2000]
