@@ -91,13 +91,13 @@ def _wanted(kind, allowed, optional, also):
 
 # %% ../nbs/02_values.ipynb #b251ff26
 def check_value(
-    name: str,                   # of the setting
-    value,                       # that was given
-    kind: type,                  # str, int, float, bool, or tuple of whole numbers
-    allowed: Range | tuple=None, # a range of numbers, or the texts that are allowed
-    optional: bool=False,        # may it be None
-    also: str='',                # what else it may be, in words
-):                               # the value, as Python's own type
+    name: str,                 # of the setting
+    value,                     # that was given
+    kind: type,                # str, int, float, bool, or tuple of whole numbers
+    allowed: Range | tuple | None=None, # a range of numbers, or the texts that are allowed
+    optional: bool=False,      # may it be None
+    also: str='',              # what else it may be, in words
+):                             # the value, as Python's own type
     "`ValueError` that names a setting, what it is and what is allowed"
     if value is None and optional: return None
     value = tuple(v) if isinstance(v := plain(value), list) else v
