@@ -8,7 +8,7 @@ import torch
 
 from lad_nb.similarity import CKA, layer_cka, linear_probes, loss_parts, teacher_agreement
 from lad_nb.statistics import calibrated, interval, paired_differences, seed_differences, summarise
-from lad_nb.analysis import gate_openness, gate_shares, layer_map, open_with_teacher, passes, shares_by_example, shares_by_step, shares_by_token, token_classes
+from lad_nb.analysis import gate_openness, gate_shares, layer_map, open_with_teacher, forward_batches, shares_by_example, shares_by_step, shares_by_token, token_classes
 from lad_nb import cli
 from lad_nb.similarity import dev_losses
 from lad_nb.models import SMALL, load_tokenizer
@@ -205,9 +205,9 @@ def test_fresh_gates_are_those_the_run_began_with(experiments, lad):
 
 def test_gates_alone_need_no_student(experiments, lad):
     folder = run(lad.replace(experiment='short'), experiments, progress=False)
-    assert all(out.student_logits is None for _, out in passes(open_run(folder), rows=4, student=False))
-    whole = [out.aggregates.state[6] for _, out in passes(open_run(folder), rows=5, batch_size=5)]
-    alone = [out.aggregates.state[6] for _, out in passes(open_run(folder), rows=5, batch_size=5, student=False)]
+    assert all(out.student_logits is None for _, out in forward_batches(open_run(folder), rows=4, student=False))
+    whole = [out.aggregates.state[6] for _, out in forward_batches(open_run(folder), rows=5, batch_size=5)]
+    alone = [out.aggregates.state[6] for _, out in forward_batches(open_run(folder), rows=5, batch_size=5, student=False)]
     torch.testing.assert_close(whole, alone)
     with pytest.raises(FileNotFoundError, match='There are: 2, 4'): gate_openness(folder, [3])
     with pytest.raises(FileNotFoundError, match='no run folder'): layer_map(experiments)
@@ -220,7 +220,7 @@ def test_gates_alone_need_no_student(experiments, lad):
 def test_the_training_split_is_that_of_the_run(experiments, lad):
     folder = run(lad.replace(experiment='slice', train_size=20, sample_seed=3, total_step=1), experiments, progress=False)
     tokenizer = load_tokenizer(folder)
-    seen = [tokenizer.decode(ids, skip_special_tokens=True) for batch, _ in passes(open_run(folder), split='train', rows=None, batch_size=8, student=False) for ids in batch['input_ids']]
+    seen = [tokenizer.decode(ids, skip_special_tokens=True) for batch, _ in forward_batches(open_run(folder), split='train', rows=None, batch_size=8, student=False) for ids in batch['input_ids']]
     drawn = load_task('toy', 'train', size=20, sample_seed=3)
     assert seen == [tokenizer.decode(tokenizer(a, b)['input_ids'], skip_special_tokens=True) for a, b in zip(drawn['sentence1'], drawn['sentence2'])]
 
