@@ -45,7 +45,7 @@ def mood(tmp_path):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-    """A classifier of that task, fine-tuned for two updates; lines with a wrong number of fields are left out."""
+    """A classifier of that task, fine-tuned for two updates; it was told to leave malformed lines out."""
     root = tmp_path_factory.mktemp('gifts')
     write_task('mood', root / 'data', LABELS, ['text'], 'mood', **frames())
     recipe = Recipe(
