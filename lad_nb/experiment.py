@@ -32,7 +32,7 @@ from .recipes import (Recipe, check_recipe, check_schedule, in_updates, mapping_
 from .sources import (FoundModel, NotAllowed, check_method, check_sizes_allowed, find_encoder,
                             find_rows, find_teacher, own_model, rows_hash, teacher_of, told)
 
-# %% ../nbs/47_experiment.ipynb #a8eaaaae
+# %% ../nbs/47_experiment.ipynb #346e7529
 @dataclass(frozen=True)
 class Plan:
     "An experiment with every question answered"
@@ -56,10 +56,9 @@ class Plan:
     def to_dict(self) -> dict:
         "As JSON has it: what --dry_run prints and recipe.json keeps. No absolute path is in it"
         said = _recipe_told(self) | dict(mapping=mapping_told(self.mapping)) | sources_told(self)
-        said |= dict(student=_student_told(self), schedule=schedule_told(self), device=self.device)
-        return said | (dict(missing=list(self.missing)) if self.missing else {})
+        return said | dict(student=_student_told(self), schedule=schedule_told(self), device=self.device)
 
-# %% ../nbs/47_experiment.ipynb #33ae57fd
+# %% ../nbs/47_experiment.ipynb #f682e6ce
 def _recipe_told(plan):
     "The recipe, as it was settled"
     said = plan.recipe.to_dict()
@@ -70,14 +69,14 @@ def _student_told(plan):
     cut_from = 'teacher' if plan.encoder is None else 'encoder'
     return dict(cut_from=cut_from, starts_from_layers={str(m): k for m, k in plan.starts_from.items()})
 
-# %% ../nbs/47_experiment.ipynb #f562389c
+# %% ../nbs/47_experiment.ipynb #3b705759
 def mapping_told(
     mapping: Mapping,
 ) -> dict:
     "A mapping as data, and in words"
     return dict(reads=[f'{p.student} <- {p.source}' for p in mapping.pairs]) | mapping_to_dict(mapping)
 
-# %% ../nbs/47_experiment.ipynb #ebbec582
+# %% ../nbs/47_experiment.ipynb #fd4fbbdc
 def sources_told(
     plan: Plan,
 ) -> dict: # teacher, encoder, rows, precision
@@ -94,7 +93,7 @@ def _rows_told(plan):
     if plan.recipe.data_dir is not None: remember(said['sha256'], plan.recipe.data_dir)
     return said
 
-# %% ../nbs/47_experiment.ipynb #ef1b73a2
+# %% ../nbs/47_experiment.ipynb #33e0c8ae
 def schedule_told(
     plan: Plan,
 ) -> dict: # student, and gates where there are any: warmup_step and total_step
@@ -108,7 +107,7 @@ def schedule_told(
                  total_step=total or recipe.total_step)
     return dict(student=student, gates=gates) if plan.mapping.segments else dict(student=student)
 
-# %% ../nbs/47_experiment.ipynb #ff2bf90a
+# %% ../nbs/47_experiment.ipynb #8ae5359e
 class Search:
     "Looks for what a recipe names. With `fetch` the first missing thing is an error, else it is noted"
     def __init__(self, fetch): self.fetch, self.missing = fetch, []
@@ -120,14 +119,14 @@ class Search:
             if self.fetch: raise
             self.missing.append(f'{what}: {e}')
 
-# %% ../nbs/47_experiment.ipynb #c6f98d07
+# %% ../nbs/47_experiment.ipynb #5c0a2fa3
 def depth_of(
     model: FoundModel | None,
 ) -> int:
     "Layers of a model; 12 for one that is not here"
     return 12 if model is None else model.config.num_hidden_layers
 
-# %% ../nbs/47_experiment.ipynb #f69d7bd9
+# %% ../nbs/47_experiment.ipynb #30b139a0
 def check_batches(
     recipe: Recipe,  # counted in updates
     world: int=1,    # processes that share an update
@@ -138,7 +137,7 @@ def check_batches(
         raise ValueError(f"batch_size {recipe.batch_size} is not divisible by accum_step {recipe.accum_step}"
                          f"{shared}; it is what one update sees, and every micro-batch gets an equal share.")
 
-# %% ../nbs/47_experiment.ipynb #e2b9d0b4
+# %% ../nbs/47_experiment.ipynb #98752f6e
 def check_models(
     recipe: Recipe,
     teacher: FoundModel | None, # as far as they were found
@@ -153,7 +152,7 @@ def check_models(
                          "vocabularies. Cut the student from the encoder that the teacher was fine-tuned "
                          "from (ptrain_ver).")
 
-# %% ../nbs/47_experiment.ipynb #194c6137
+# %% ../nbs/47_experiment.ipynb #fa7a3756
 def layers_to_start_from(
     recipe: Recipe,
     mapping: Mapping,  # of the recipe
@@ -170,7 +169,7 @@ def layers_to_start_from(
     start = student_start(recipe, mapping if recipe.distils else None)
     return init_layers(start, depth, recipe.num_hidden_layers)
 
-# %% ../nbs/47_experiment.ipynb #ce7ad845
+# %% ../nbs/47_experiment.ipynb #02e206f7
 def devices_of(
     recipe: Recipe,
 ) -> tuple: # the student's device, the teacher's
@@ -182,7 +181,7 @@ def devices_of(
     beside = not device.startswith('cuda') or recipe.tdevice_id in (None, recipe.device_id)
     return device, device if beside else pick_device(recipe.tdevice_id)
 
-# %% ../nbs/47_experiment.ipynb #34ea608c
+# %% ../nbs/47_experiment.ipynb #774222d8
 def precision_of(
     recipe: Recipe,
     device: str,  # from `devices_of`
@@ -192,7 +191,7 @@ def precision_of(
     asked = recipe.precision
     return pick_precision(said.get('precision', asked) if asked == 'auto' else asked, device)[0]
 
-# %% ../nbs/47_experiment.ipynb #0b972c9e
+# %% ../nbs/47_experiment.ipynb #8cc2fb74
 def resolve(
     recipe: Recipe,                 # what is asked for
     root: str | Path='experiments', # where experiments live
@@ -216,7 +215,7 @@ def resolve(
     check_method(said, recipe, plan.mapping, like)
     return plan
 
-# %% ../nbs/47_experiment.ipynb #f4df1ae7
+# %% ../nbs/47_experiment.ipynb #bf4db9e8
 def _said_by(folder):
     "The recipe.json of a run folder that is there; {} otherwise"
     there = folder is not None and (Path(folder)/'recipe.json').is_file()
@@ -237,7 +236,7 @@ def _settle(recipe, root, rows, teacher, encoder, said, missing):
     return Plan(recipe, root, teacher, encoder, mapping, starts, device, teacher_device,
                 precision_of(recipe, device, said), rows, missing)
 
-# %% ../nbs/47_experiment.ipynb #9ba5b0ed
+# %% ../nbs/47_experiment.ipynb #7092befa
 def assemble_distiller(
     plan: Plan,
 ) -> tuple: # Distiller, tokenizer
@@ -263,7 +262,7 @@ def _new_student(plan, teacher):
     return make_student(encoder, r.num_hidden_layers, get_task(r.task), plan.starts_from, r.copy_embeddings,
                         r.dropout, seed=r.seed, **sizes)
 
-# %% ../nbs/47_experiment.ipynb #2b00ccc3
+# %% ../nbs/47_experiment.ipynb #1d5dbaf7
 def distiller_of(
     recipe: Recipe,    # the form of its gates and its loss
     student,           # a classifier
@@ -274,7 +273,7 @@ def distiller_of(
     return Distiller(student, teacher, None if teacher is None else mapping, norm=recipe.norm,
                      seq_len=recipe.max_seq_len, mask_padding=recipe.mask_padding, **recipe.loss)
 
-# %% ../nbs/47_experiment.ipynb #9cabf124
+# %% ../nbs/47_experiment.ipynb #bea3b4c9
 def assemble(
     plan: Plan,           # from `resolve`
     progress: bool=True,  # show a progress bar
