@@ -6,14 +6,15 @@
 __all__ = ['build', 'make_trainer', 'run', 'describe', 'plan', 'plan_evaluation', 'rerun', 'open_run']
 
 # %% ../nbs/47_experiment.ipynb #1b01786c
-import inspect, warnings
+import os, warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import set_seed
 
 from .durable import read_json
-from .devices import pick_device
+from .devices import pick_device, pick_precision
 from .tasks import get_task, splits, splits_named
 from .data import encode, find_data, load_task
 from .mappings import mapping_from_dict, mapping_to_dict, methods
@@ -23,8 +24,8 @@ from .encoders import load_classifier, load_encoder, make_classifier
 from .students import init_layers, make_student
 from .runs import PLACES, check_new, check_sources, checkpoints, experiment_folder, find_checkpoint, pretrained_of, run_description, run_setting, seen_from
 from .cache import teacher_cache
-from .training import DistilTrainer, check_schedule, load_gates, train, training_arguments
-from .recipes import Evaluation, Recipe, in_updates, mapping_of, recipe_from_dict, student_start
+from .training import DistilArguments, DistilTrainer, load_gates, train
+from .recipes import Evaluation, Recipe, check_schedule, in_updates, mapping_of, recipe_from_dict, student_start
 from .sources import check_method, check_room, encoder_of, own_model, sources_of, teacher_folder, teacher_of
 
 # %% ../nbs/47_experiment.ipynb #931d107b
@@ -40,7 +41,7 @@ def _check(recipe):
     if recipe.norm == 'sequence' and recipe.padding != 'max_length': raise ValueError("norm='sequence' needs padding='max_length': its LayerNorm has one fixed length.")
     if recipe.method == 'undistilled' and recipe.num_hidden_layers is None: raise ValueError("num_hidden_layers, the student's number of layers, was not given.")
     if recipe.gate_device_id not in (None, recipe.device_id): warnings.warn(f"gate_device_id is {recipe.gate_device_id}: gates live on the student's device, {recipe.device_id}.")
-    check_schedule(recipe.to_dict() | (dict(warmup_step=0) if recipe.epoch is not None or recipe.warmup_rate is not None else {}))
+    check_schedule(recipe)
     if recipe.distils: check_weights(recipe.soft_weight, recipe.hard_weight, recipe.softmax_temp, recipe.mu)
 
 # %% ../nbs/47_experiment.ipynb #925512fc
@@ -88,11 +89,13 @@ def make_trainer(
     folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
     rows = load_task(recipe.task, recipe.dataset, recipe.data_dir, recipe.train_size, recipe.sample_seed, recipe.bad_rows)
     recipe = in_updates(recipe, len(rows))
-    names = [p for p in inspect.signature(training_arguments).parameters if p not in ('folder', 'progress')]
-    settings = {n: getattr(recipe, n) for n in names}
-    if recipe.precision == 'auto': settings['precision'] = said.get('precision', 'auto')
-    args = training_arguments(folder, progress=progress, **settings)
-    sources = sources_of(recipe, rows, 'bf16' if args.bf16 else 'fp32', root, allow_hub)
+    _check_batches(recipe)
+    device, precision = pick_device(recipe.device_id), recipe.precision
+    if precision == 'auto': precision = said.get('precision', 'auto')
+    precision = pick_precision(precision, device)[0]
+    plan = SimpleNamespace(recipe=recipe, folder=folder, device=device, precision=precision)
+    args = DistilArguments.from_plan(plan, progress)
+    sources = sources_of(recipe, rows, precision, root, allow_hub)
     check_sources(said, sources, like)
     distiller, tokenizer = build(recipe, root, allow_hub)
     check_method(said, recipe, distiller.mapping, like)
@@ -103,6 +106,17 @@ def make_trainer(
     trainer = DistilTrainer(distiller, args, data, tokenizer, callbacks, cache)
     trainer.description = describe(recipe, distiller, sources, root)
     return trainer
+
+# %% ../nbs/47_experiment.ipynb #bb0fc9ca
+def _check_batches(recipe):
+    "`ValueError` for a batch that processes and micro-batches can't share, or settings that contradict each other"
+    if recipe.keep_last_batch and recipe.length_groups:
+        raise ValueError("length_groups=True leaves out the rows that fill no batch, keep_last_batch=True trains on them: take one of the two.")
+    check_schedule(recipe)
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if recipe.batch_size % (recipe.accum_step*world):
+        raise ValueError(f"batch_size {recipe.batch_size} is not divisible by accum_step {recipe.accum_step}{f' times {world} processes' if world > 1 else ''}; "
+                         "it is what one update sees, and every micro-batch gets an equal share.")
 
 # %% ../nbs/47_experiment.ipynb #546d4d9c
 def _teacher_device(recipe, student):

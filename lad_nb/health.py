@@ -15,13 +15,13 @@ from .data import collator
 from .distiller import Distiller
 from .runs import checkpoints
 
-# %% ../nbs/42_health.ipynb #adda2590
+# %% ../nbs/42_health.ipynb #c9b00b37
 def _unknown(labels, distiller):
     "Which labels the head has no place for (N,)"
     if distiller.objective.regression: return ~np.isfinite(labels)
     return ~np.isin(labels, range(distiller.student.config.num_labels))
 
-# %% ../nbs/42_health.ipynb #c323f191
+# %% ../nbs/42_health.ipynb #aee1cfc1
 def _allowed(distiller):
     "The labels that the head knows, in words"
     if distiller.objective.regression: return 'a number'
@@ -42,21 +42,21 @@ def check_labelled(
         raise ValueError(f"The label of training row {bad[0]} (from 0) is {labels[bad[0]]:g}; the student's "
                          f"head allows {_allowed(distiller)}. {len(bad)} of {len(labels)} rows have such labels.")
 
-# %% ../nbs/42_health.ipynb #12526ec8
+# %% ../nbs/42_health.ipynb #7965368f
 def _correlates(scores, labels):
     "What a teacher of scores makes of them, and how likely that is by chance"
     if not np.ptp(scores) or not np.ptp(labels): return 'says the same of all rows', 1.
     r = pearsonr(scores, labels, alternative='greater')
     return f'correlates with the scores at {r.statistic:.2f}', r.pvalue
 
-# %% ../nbs/42_health.ipynb #91f1295c
+# %% ../nbs/42_health.ipynb #9c3cf659
 def _is_right(answers, labels):
     "On how many labels a teacher is right, and how likely that is by chance"
     right, most = int((answers == labels).sum()), int(np.bincount(labels).max())
     by_chance = binomtest(right, len(labels), most/len(labels), alternative='greater')
     return f'is right on {right} (the most frequent label is on {most})', by_chance.pvalue
 
-# %% ../nbs/42_health.ipynb #bff2518a
+# %% ../nbs/42_health.ipynb #5de6fa70
 def _by_chance(labels, logits, regression):
     "What a teacher makes of labels, and how likely that is by chance"
     return _correlates(logits[:, 0], labels) if regression else _is_right(logits.argmax(-1), labels)
@@ -75,7 +75,7 @@ def _teacher_logits(trainer, rows):
         found.append(trainer.model.ask_teacher(**batch)[1])
     return torch.cat(found).cpu().double().numpy()
 
-# %% ../nbs/42_health.ipynb #d4b798c8
+# %% ../nbs/42_health.ipynb #14f4086a
 def check_teacher(
     trainer, # before its first update
 ):
@@ -91,7 +91,7 @@ def check_teacher(
         warnings.warn(f"On {count} training rows the teacher {what}: no better than chance (p = {p:.2g}). "
                       "Was it fine-tuned on this task, with these labels? A student learns little from it.")
 
-# %% ../nbs/42_health.ipynb #6132038a
+# %% ../nbs/42_health.ipynb #93eab8c7
 def _place(name, distiller):
     "What a parameter belongs to, as people count"
     if layer := re.search(r'encoder\.layer\.(\d+)\.', name): return f'student layer {int(layer[1]) + 1}'
@@ -99,7 +99,7 @@ def _place(name, distiller):
     if name.startswith('student.'): return f"the student's {part}"
     return _block_of(distiller.get_parameter(name), distiller.objective) or name
 
-# %% ../nbs/42_health.ipynb #3805894d
+# %% ../nbs/42_health.ipynb #37184eb8
 def _block_of(parameter, objective):
     "The gate or projection that has a parameter"
     for name, block in objective.blocks().items():
@@ -111,7 +111,7 @@ def _bad_places(distiller, of):
     bad = lambda t: t is not None and not t.isfinite().all()
     return list(dict.fromkeys(_place(n, distiller) for n, p in distiller.named_parameters() if bad(of(p))))
 
-# %% ../nbs/42_health.ipynb #5987543d
+# %% ../nbs/42_health.ipynb #0ec24a39
 def _by_layer(who, states): return {f'{who} layer {k}': h for k, h in enumerate(states or [], start=1)}
 
 def _states(distiller, batch):
@@ -138,7 +138,7 @@ def _bad_states(distiller, batch):
 # %% ../nbs/42_health.ipynb #4ec0d2c8
 BELOW_ZERO = -1e-9 # what rounding in float64 may leave below zero
 
-# %% ../nbs/42_health.ipynb #6082cb82
+# %% ../nbs/42_health.ipynb #1424edc8
 def _term_names(mapping):
     "What the parts of a loss are called, in the order of `LossParts`"
     return ['loss', 'hard term', 'soft term',
@@ -151,7 +151,7 @@ def _impossible(state, terms):
             "which no square and no divergence can be. A source or a loss of your own may be the reason; "
             "otherwise it is an error of lad_nb: please report it with recipe.json.")
 
-# %% ../nbs/42_health.ipynb #de0df573
+# %% ../nbs/42_health.ipynb #b31692bb
 def _first_bad(trainer, names):
     "Rows, batch and bad terms of the first micro-batch that has one; of the first, if none has"
     found = []
@@ -159,7 +159,7 @@ def _first_bad(trainer, names):
         found.append((rows, batch, [n for n, x in zip(names, parts.tolist()) if not np.isfinite(x)]))
     return next((f for f in found if f[2]), found[0])
 
-# %% ../nbs/42_health.ipynb #1ed1f53f
+# %% ../nbs/42_health.ipynb #6ea33002
 def _say_terms(terms, distiller):
     "Which terms of the loss are not finite; if all are, which gradients"
     if terms[1:]: return f"the loss is not finite, nor is its {', its '.join(terms[1:])}"
@@ -167,7 +167,7 @@ def _say_terms(terms, distiller):
     backwards = _bad_places(distiller, lambda p: p.grad)[::-1]
     return f"the loss is finite, the gradient is not, from the loss back: {', '.join(backwards)}"
 
-# %% ../nbs/42_health.ipynb #2b64cd4f
+# %% ../nbs/42_health.ipynb #e46f51c1
 def _say_place(distiller, rows, batch):
     "Which weights are not finite, and where it shows first"
     if weights := _bad_places(distiller, lambda p: p):
@@ -177,7 +177,7 @@ def _say_place(distiller, rows, batch):
     these = f"row{'s'*(len(which) > 1)} {', '.join(map(str, rows[which].tolist()))}"
     yield f"on the way through both models it appears first in {where}, in {these}"
 
-# %% ../nbs/42_health.ipynb #9d20d1ad
+# %% ../nbs/42_health.ipynb #929c1ac3
 def _say_what_next(folder):
     "What was kept, and what to try"
     last = max(checkpoints(folder).items(), default=(0, None))[1]

@@ -1,12 +1,35 @@
 """What the tests share: real data when it is there, and a small teacher trained once."""
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 ROOT = Path(__file__).parents[1]
+FILES = ('model.safetensors', 'gates.safetensors', 'log.jsonl')
+
+
+def final_files(folder):
+    """{name: bytes} of what a run leaves behind; a method without gates leaves none of them."""
+    return {name: (folder/name).read_bytes() for name in FILES if (folder/name).exists()}
+
+
+def same_bytes(a, b):
+    """Whether two runs ended alike: the same files, byte for byte, a model and a log among them."""
+    found = final_files(a)
+    return found == final_files(b) and {'model.safetensors', 'log.jsonl'} <= found.keys()
+
+
+def in_python(*words, cwd):
+    """A program in a process of its own: in_python(TESTS/'program.py', argument, ..., cwd=folder)."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+TESTS = Path(__file__).parent
 
 
 def pytest_addoption(parser):

@@ -10,8 +10,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from conftest import in_python, same_bytes
 from transformers import TrainerCallback
-from test_training import in_a_process, same_bytes
 
 from lad_nb.durable import CHECKSUMS, find_damage
 from lad_nb.recipes import Recipe
@@ -84,7 +84,7 @@ def test_killed_while_a_checkpoint_is_written(experiments, lad, whole, moment):
     code = ("import os, signal\nfrom transformers import Trainer\nfrom lad_nb.recipes import recipe_from_dict, run\n"
             f"before = {moment}\ndef die(*args, **kwargs):\n    self = args[0]\n    if {at}: os.kill(os.getpid(), signal.SIGKILL)\n    return before(*args, **kwargs)\n"
             f"{moment} = die\nrun(recipe_from_dict({recipe.to_dict()!r}), {str(experiments)!r}, progress=False)")
-    assert in_a_process(code, experiments).returncode == -9
+    assert in_python('-c', code, cwd=experiments).returncode == -9
     folder = experiments/f'{name}_bert_toy'
     assert list(checkpoints(folder)) == [2] and (folder/'.writing').is_dir()
     run(recipe, experiments, resume=True, progress=False)
@@ -270,7 +270,7 @@ for deed in (lambda: append_line(run + '/log.jsonl', dict(step=1)), lambda: writ
     except PermissionError as e: print(e)
 """
     for p in [*tmp_path.rglob('*'), tmp_path]: p.chmod(0o755 if p.is_dir() else 0o644)
-    said = in_a_process(code, tmp_path).stdout.splitlines()
+    said = in_python('-c', code, cwd=tmp_path).stdout.splitlines()
     assert len(said) == 4 and all('experiments/whole_bert_toy' in line for line in said) and 'bytes' in said[0] and 'bytes' in said[1]
     assert {p: p.read_bytes() for p in whole.rglob('*') if p.is_file()} == before
 
