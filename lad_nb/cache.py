@@ -186,8 +186,8 @@ def _empty_shard(config, lengths, dtype):
 def _check_states(tensors):
     "`FloatingPointError` for states that are not finite"
     if bad := [name for name, states in tensors.items() if not states.isfinite().all()]:
-        raise FloatingPointError(f"The teacher's {', '.join(bad)} are not finite on some rows: nothing can be "
-                                 "learned from it. No cache was written; look at the teacher's weights.")
+        raise FloatingPointError(f"The teacher's {', '.join(bad)} are not finite on some rows: nothing can "
+                                 "be learned from it. No cache was written; look at the teacher's weights.")
 
 # %% ../nbs/41_cache.ipynb #c5628ba3
 def _write(tensors, folder, number):
@@ -198,7 +198,8 @@ def _write(tensors, folder, number):
         with write_aside(path) as f: f.write(raw)
     except OSError as e:
         raise OSError(e.errno, f"The teacher cache could not write {len(raw):,} bytes to {path}: "
-                               f"{e.strerror}. What was written before is kept; the same command goes on from there.") from e
+                               f"{e.strerror}. What was written before is kept; the same command goes on "
+                               "from there.") from e
     return path
 
 # %% ../nbs/41_cache.ipynb #e400b628
@@ -220,8 +221,8 @@ def _check_room(folder, needed):
     "`OSError` when the disk has not enough room"
     free = shutil.disk_usage(folder).free
     if needed and free < needed + needed//50:
-        raise OSError(errno.ENOSPC, f"The teacher cache needs {needed:,} more bytes in {folder}, and the disk "
-                                    f"has {free:,} free. Make room, put experiments elsewhere (root), or "
+        raise OSError(errno.ENOSPC, f"The teacher cache needs {needed:,} more bytes in {folder}, and the "
+                                    f"disk has {free:,} free. Make room, put experiments elsewhere (root), or "
                                     "train without it (teacher_cache=False)")
 
 # %% ../nbs/41_cache.ipynb #8dad44db
@@ -302,5 +303,5 @@ def _check_no_padding(mapping, objective):
         raise ValueError("The teacher cache keeps real tokens only, and mask_padding=False counts padding in "
                          "the hidden loss. Take mask_padding=True, or train without the cache.")
     if objective.gates is not None and objective.gates.norm == 'sequence':
-        raise ValueError("The teacher cache keeps real tokens only, and norm='sequence' norms over padding as "
-                         "well. Take norm='token', or train without the cache.")
+        raise ValueError("The teacher cache keeps real tokens only, and norm='sequence' norms over padding "
+                         "as well. Take norm='token', or train without the cache.")

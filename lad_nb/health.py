@@ -40,7 +40,8 @@ def check_labelled(
     bad = np.flatnonzero(_unknown(labels, distiller))
     if len(bad):
         raise ValueError(f"The label of training row {bad[0]} (from 0) is {labels[bad[0]]:g}; the student's "
-                         f"head allows {_allowed(distiller)}. {len(bad)} of {len(labels)} rows have such labels.")
+                         f"head allows {_allowed(distiller)}. {len(bad)} of {len(labels)} rows have such "
+                         "labels.")
 
 # %% ../nbs/42_health.ipynb #7965368f
 def _correlates(scores, labels):
@@ -196,8 +197,8 @@ def explain_nonfinite(
     rows, batch, terms = _first_bad(trainer, names)
     said = '; '.join([_say_terms(terms, distiller), *_say_place(distiller, rows, batch)])
     numbers = ', '.join(map(str, sorted(rows.tolist())))
-    return (f"Update {state.global_step + 1} of {state.max_steps}: {said}. The batch was rows {numbers} of the "
-            f"training data (from 0). {_say_what_next(trainer.args.output_dir)}")
+    return (f"Update {state.global_step + 1} of {state.max_steps}: {said}. The batch was rows {numbers} of "
+            f"the training data (from 0). {_say_what_next(trainer.args.output_dir)}")
 
 # %% ../nbs/42_health.ipynb #253ce988
 def check_finite(

@@ -25,7 +25,7 @@ def in_float64(distiller, batch, out):
 
 @pytest.mark.parametrize('method', ['lad', 'bert_pkd', 'alp_kd_hidden_v2'])
 def test_parts_of_a_bf16_pass(quick, tmp_path, method):
-    """Rounding of logits and states explains all but a millionth; losses computed in bf16 were a third off."""
+    """Rounding of logits and states explains all but a millionth; losses taken in bf16 were a third off."""
     trainer = make_trainer(quick.replace(method=method, softmax_temp=10.), tmp_path, False)
     distiller, batch = trainer.model.eval(), next(iter(trainer.get_train_dataloader()))
     batch.pop('row')
