@@ -22,7 +22,7 @@ from .durable import (
 from .data import collator
 from .distiller import Distiller, Objective
 from .models import check_model
-from .encoders import fit_weights, quiet
+from .encoders import fit_weights, quiet_loading
 from .runs import check_new, check_same, checkpoints, sound_checkpoint, versions
 from .cache import TeacherCache, check_cache
 from .health import check_finite, check_labelled, check_teacher
@@ -173,7 +173,7 @@ class WholeCheckpoints:
         if not self.args.should_save: return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        with quiet(): self.model.student.save_pretrained(folder)
+        with quiet_loading(): self.model.student.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         save_gates(self.model.objective, folder)
 

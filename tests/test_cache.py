@@ -5,17 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import safetensors.torch
-from conftest import TESTS, in_python, same_bytes
+from conftest import program, ready, same_bytes
 
 from lad_nb.cache import check_cache, teacher_cache
 from lad_nb.data import encode, load_task
 from lad_nb.distiller import Distiller
 from lad_nb.encoders import load_classifier
-from lad_nb.experiment import make_trainer, run
+from lad_nb.experiment import run
 from lad_nb.mappings import make_mapping
 from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.recipes import FAST
@@ -36,10 +37,10 @@ def test_same_bytes_with_and_without(experiments, lad, method):
 
 def test_the_teacher_is_not_asked_again(experiments, lad):
     recipe = lad.replace(**FAST).replace(precision='fp32')
-    make_trainer(recipe, experiments, progress=False) # builds it
+    ready(recipe, experiments) # builds it
     def refuse(*args, **kwargs): raise AssertionError('the teacher was asked')
     with patch('transformers.BertForSequenceClassification.forward', new=refuse):
-        trainer = make_trainer(recipe.replace(experiment='second'), experiments, progress=False)
+        trainer = ready(recipe.replace(experiment='second'), experiments)
     with patch.object(trainer.model.teacher, 'forward', new=refuse): trainer.train()
 
 
@@ -49,7 +50,7 @@ def test_resumed_within_an_epoch(experiments, lad):
     settings = dict(total_step=7, ckpt_step=2, log_step=1, train_size=48) | FAST | dict(precision='fp32')
     whole = run(lad.replace(experiment='grouped', **settings), experiments, progress=False)
     recipe = lad.replace(experiment='cut', **settings)
-    died = in_python(TESTS/'dies.py', experiments, json.dumps(recipe.to_dict()), 5, cwd=experiments)
+    died = program('dies.py', experiments, json.dumps(recipe.to_dict()), 5, cwd=experiments)
     assert died.returncode == 9, died.stderr
     recipe = recipe.replace(teacher_cache=False) # where states come from may change
     assert same_bytes(whole, run(recipe, experiments, resume=True, progress=False))
@@ -71,14 +72,14 @@ def rows(experiments):
 
 
 def build(experiments, root, die=0, nap=0):
-    """The words of a program that builds the same cache."""
-    return TESTS/'builds_a_cache.py', experiments/'teacher_bert_toy', root, die, nap
+    """A program and its arguments, which builds the same cache."""
+    return 'builds_a_cache.py', experiments/'teacher_bert_toy', root, die, nap
 
 
 def test_killed_while_building(experiments, tmp_path):
     """Each process dies at its second shard; the next one goes on with it."""
     deaths = 0
-    while (done := in_python(*build(experiments, tmp_path, die=2), cwd=tmp_path)).returncode:
+    while (done := program(*build(experiments, tmp_path, die=2))).returncode:
         deaths += 1
         assert done.returncode == -9, done.stderr
     shards = int(done.stdout.split()[1])
@@ -86,7 +87,8 @@ def test_killed_while_building(experiments, tmp_path):
 
 
 def test_two_processes_build_the_same_cache(experiments, tmp_path):
-    command = [sys.executable, *map(str, build(experiments, tmp_path, nap=.3))]
+    name, *words = build(experiments, tmp_path, nap=.3)
+    command = [sys.executable, Path(__file__).with_name(name), *map(str, words)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     both = [subprocess.Popen(command, **pipes) for _ in range(2)]
     said = [p.communicate() for p in both]

@@ -3,11 +3,11 @@
 import shutil
 
 import pytest
-from conftest import same_bytes
+from conftest import ready, same_bytes
 from test_distributed import PARTS, in_processes
 from transformers import TrainerCallback
 
-from lad_nb.experiment import make_trainer, run
+from lad_nb.experiment import run
 from lad_nb.runs import checkpoints, read_log
 from lad_nb.training import train
 
@@ -30,7 +30,7 @@ def kept(quick):
 
 def updates_of(recipe, root):
     seen = Rows()
-    seen.trainer = make_trainer(recipe, root, False, [seen])
+    seen.trainer = ready(recipe, root, [seen])
     return seen.updates, train(seen.trainer)
 
 

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from conftest import ready
 from torch.nn.functional import one_hot
 from transformers import TrainerCallback
 
@@ -17,7 +18,7 @@ import lad_nb
 
 from lad_nb.cache import teacher_cache
 from lad_nb.durable import find_damage
-from lad_nb.experiment import make_trainer, run
+from lad_nb.experiment import run
 from lad_nb.encoders import load_classifier
 from lad_nb.health import check_teacher
 from lad_nb.runs import checkpoints, read_log
@@ -36,7 +37,7 @@ class Spoil(TrainerCallback):
 def spoiled(recipe, root, how, step=4):
     """What is said when update 4 of 6 goes wrong; checkpoint 2 is there and whole, the log ends before."""
     spoil = Spoil(step, how)
-    spoil.trainer = make_trainer(recipe, root, False, [spoil])
+    spoil.trainer = ready(recipe, root, [spoil])
     with pytest.raises(FloatingPointError) as e:
         train(spoil.trainer, spoil.trainer.description)
     folder = root/f'{recipe.experiment}_bert_toy'
@@ -118,7 +119,7 @@ def test_weights_that_are_not_finite_are_not_written(quick, tmp_path):
     def spoil(trainer):
         for group in trainer.optimizer.param_groups: group['weight_decay'] = float('nan')
     spoil = Spoil(4, spoil)
-    spoil.trainer = make_trainer(quick, tmp_path, False, [spoil])
+    spoil.trainer = ready(quick, tmp_path, [spoil])
     said = ('After update 4 weights are not finite: .*student layer 1.* were not written; '
             'checkpoints before are sound')
     with pytest.raises(FloatingPointError, match=said): train(spoil.trainer)
@@ -126,7 +127,7 @@ def test_weights_that_are_not_finite_are_not_written(quick, tmp_path):
 
 
 def test_a_cache_of_states_that_are_not_finite(quick, tiny, tmp_path):
-    trainer = make_trainer(quick, tmp_path, False)
+    trainer = ready(quick, tmp_path)
     set_nan(trainer.model.teacher.bert.encoder.layer[2].output.dense.bias)
     with pytest.raises(FloatingPointError, match="The teacher's layer_3, layer_4, logits are not finite"):
         teacher_cache(trainer.model.teacher, trainer.train_dataset, trainer.processing_class,
@@ -136,7 +137,7 @@ def test_a_cache_of_states_that_are_not_finite(quick, tiny, tmp_path):
 
 @pytest.mark.parametrize('label', [2, -1, -100])
 def test_a_label_outside_the_head(quick, tmp_path, label):
-    trainer = make_trainer(quick, tmp_path, False)
+    trainer = ready(quick, tmp_path)
     labels = list(trainer.train_dataset['labels'])
     labels[5] = label
     data = trainer.train_dataset.remove_columns(['labels', 'row']).add_column('labels', labels)
@@ -192,7 +193,7 @@ def test_a_teacher_at_chance(quick, tmp_path, cached):
     """A head of random weights is noticed, one that knows the labels is not; and looking changes no byte."""
     recipe = quick.replace(total_step=128, warmup_step=1, ckpt_step=128, teacher_cache=cached)
     def look(know):
-        trainer = make_trainer(recipe, tmp_path, False)
+        trainer = ready(recipe, tmp_path)
         if know: know_the_labels(trainer, cached)
         before = torch.get_rng_state()
         check_teacher(trainer)
@@ -208,7 +209,7 @@ def test_a_teacher_at_chance(quick, tmp_path, cached):
 def test_no_cost_when_all_is_well(quick, tmp_path):
     """One question per update, whatever the number of terms."""
     package = Path(lad_nb.__file__).parent
-    trainer = make_trainer(quick.replace(ckpt_step=100, log_step=100), tmp_path, False)
+    trainer = ready(quick.replace(ckpt_step=100, log_step=100), tmp_path)
     asked, ask = [], torch.Tensor.__bool__
     def counted(tensor):
         callers = traceback.extract_stack(limit=3)[:-1]

@@ -1,10 +1,11 @@
 """Losses are computed in fp32 at least, whatever the forward passes are in; one below zero stops a run."""
 import pytest
 import torch
+from conftest import ready
 from torch.nn import functional as F
 
 from lad_nb.losses import hard_loss, soft_loss
-from lad_nb.experiment import make_trainer, run
+from lad_nb.experiment import run
 from lad_nb.runs import read_log
 from lad_nb.training import train
 
@@ -26,7 +27,7 @@ def in_float64(distiller, batch, out):
 @pytest.mark.parametrize('method', ['lad', 'bert_pkd', 'alp_kd_hidden_v2'])
 def test_parts_of_a_bf16_pass(quick, tmp_path, method):
     """Rounding of logits and states explains all but a millionth; losses taken in bf16 were a third off."""
-    trainer = make_trainer(quick.replace(method=method, softmax_temp=10.), tmp_path, False)
+    trainer = ready(quick.replace(method=method, softmax_temp=10.), tmp_path)
     distiller, batch = trainer.model.eval(), next(iter(trainer.get_train_dataloader()))
     batch.pop('row')
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
@@ -73,7 +74,7 @@ def test_float64_stays():
 def test_a_loss_below_zero_stops(quick, tmp_path, monkeypatch):
     """A loss of one's own that is no loss: the term and the update are named, nothing of it is written."""
     monkeypatch.setattr('lad_nb.distiller.soft_loss', lambda *args: soft_loss(*args) - 1.)
-    trainer = make_trainer(quick, tmp_path, False)
+    trainer = ready(quick, tmp_path)
     said = 'Update 1 of 6: its soft term is below zero, which no square and no divergence can be'
     with pytest.raises(FloatingPointError, match=said): train(trainer)
     assert not list((tmp_path/'quick_bert_toy').glob('checkpoint-*'))

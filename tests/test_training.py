@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
-from conftest import FEW, TESTS, in_python, same_bytes
+from conftest import FEW, program, ready, same_bytes
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from lad_nb.experiment import build, make_trainer, open_run, rerun, run
+from lad_nb.experiment import assemble_distiller, open_run, rerun, resolve, run
 from lad_nb.runs import find_checkpoint, read_log
 
 
 def test_same_run_in_another_process(experiments, lad):
     here = run(lad.replace(experiment='here', total_step=6), experiments, progress=False)
-    done = in_python(TESTS/'reruns.py', here, 'there', cwd=experiments)
+    done = program('reruns.py', here, 'there', cwd=experiments)
     assert done.returncode == 0, done.stderr
     assert same_bytes(here, experiments/'there_bert_toy') and (here/'gates.safetensors').exists()
 
@@ -26,7 +26,7 @@ def test_stopped_and_resumed(experiments, lad, stop):
     if not whole.exists(): run(lad.replace(experiment='whole', **settings), experiments, progress=False)
     name = f'stopped{stop}'
     recipe = lad.replace(experiment=name, **settings)
-    died = in_python(TESTS/'dies.py', experiments, json.dumps(recipe.to_dict()), stop, cwd=experiments)
+    died = program('dies.py', experiments, json.dumps(recipe.to_dict()), stop, cwd=experiments)
     assert died.returncode == 9, died.stderr
     stopped = experiments/f'{name}_bert_toy'
     assert not (stopped/'model.safetensors').exists()
@@ -76,7 +76,7 @@ def norm_of_gradients(module):
 
 def test_each_gate_is_clipped_by_itself(experiments, lad):
     recipe = lad.replace(experiment='clip', max_norm=.5, gate_max_norm=.01)
-    trainer = make_trainer(recipe, experiments, progress=False)
+    trainer = ready(recipe, experiments)
     seen = {}
     def look(*_):
         seen.setdefault('student', norm_of_gradients(trainer.model.student))
@@ -123,7 +123,7 @@ def test_a_wider_teacher_is_reached_through_a_projection(experiments, lad, norm)
     with pytest.warns(UserWarning, match='random weights'):
         folder = run(recipe, experiments, progress=False)
     with pytest.warns(UserWarning, match='random weights'):
-        fresh = build(recipe, experiments)[0].objective.blocks()
+        fresh = assemble_distiller(resolve(recipe, experiments))[0].objective.blocks()
     trained = open_run(folder)[0].objective.blocks()
     assert list(trained)[-3:] == ['projection 1', 'projection 2', 'projection 3']
     for name, block in trained.items():
