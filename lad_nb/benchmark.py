@@ -308,7 +308,7 @@ def _build_cache(folder, task, tokenised, root, device):
 # %% ../nbs/64_benchmark.ipynb #f8a56f80
 def _padded_lengths(recipe, tokenised):
     "Mean length of a row in batches of like length, padding included"
-    from lad_nb.batches import LengthGroups
+    from lad_nb.updates import LengthGroups
     order, size, lengths = list(LengthGroups(tokenised, recipe.batch_size, recipe.seed)), recipe.batch_size, [len(i) for i in tokenised['input_ids']]
     longest = [max(lengths[i] for i in order[b:b + size]) for b in range(0, len(order), size)]
     return statistics.mean(-(-n//8)*8 for n in longest)

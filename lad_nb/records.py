@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from .gates import measure_name
 from .mappings import Mapping
-from .training import LossParts
+from .updates import LossParts
 from .pictures import PANEL_STYLE, cards, draw_record, pages_of, share_frame
 
 # %% ../nbs/55_records.ipynb #32b96832

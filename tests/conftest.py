@@ -9,12 +9,30 @@ import pytest
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 ROOT = Path(__file__).parents[1]
+FILES = ('model.safetensors', 'gates.safetensors', 'log.jsonl')
+
+
+def final_files(folder):
+    """{name: bytes} of what a run leaves behind; a method without gates leaves none of them."""
+    return {name: (folder/name).read_bytes() for name in FILES if (folder/name).exists()}
+
+
+def same_bytes(a, b):
+    """Whether two runs ended alike: the same files, byte for byte, a model and a log among them."""
+    found = final_files(a)
+    return found == final_files(b) and {'model.safetensors', 'log.jsonl'} <= found.keys()
 
 
 def program(name, *args, **how):
     """Run a program of this folder to its end; its exit status and what it printed."""
     command = [sys.executable, Path(__file__).with_name(name), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, **how)
+
+
+def ready(recipe, root, callbacks=()):
+    """A trainer of a recipe, ready to go."""
+    from lad_nb.experiment import assemble, resolve
+    return assemble(resolve(recipe, root), progress=False, callbacks=callbacks)
 
 
 def pytest_addoption(parser):

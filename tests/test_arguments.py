@@ -1,8 +1,17 @@
 """The arguments of a training: what can't work is refused, and Trainer computes on the named device."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from lad_nb.training import training_arguments
+from lad_nb.experiment import resolve
+from lad_nb.recipes import Recipe
+from lad_nb.training import DistilArguments
+
+
+def arguments(folder, device='cpu', **settings):
+    plan = SimpleNamespace(recipe=Recipe(**settings), folder=folder, device=device, precision='fp32')
+    return DistilArguments.from_plan(plan)
 
 
 @pytest.mark.parametrize('wrong, says', [
@@ -10,12 +19,29 @@ from lad_nb.training import training_arguments
     (dict(total_step=0), 'total_step is 0; a whole number from 1 up'),
     (dict(warmup_step=11), 'warmup_step 11 is more than total_step 10'),
     (dict(lr=-1.), 'lr is -1.0; a number above 0')])
-def test_what_cannot_work(tmp_path, wrong, says):
-    with pytest.raises(ValueError, match=says): training_arguments(tmp_path, **dict(total_step=10) | wrong)
+def test_what_cannot_work(quick, tmp_path, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        resolve(quick.replace(**dict(total_step=10) | wrong), tmp_path)
 
 
 def test_micro_batches(tmp_path):
-    assert training_arguments(tmp_path, 10, accum_step=4).per_device_train_batch_size == 8
+    args = arguments(tmp_path, total_step=10, warmup_step=0, accum_step=4)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 4)
+
+
+def test_every_setting_that_a_recipe_names_arrives(tmp_path):
+    """Fields that name a setting of the trainer, each with a value of its own."""
+    changed = dict(total_step=77, warmup_step=7, lr=.5, beta1=.1, beta2=.2, eps=.3, weight_decay=.4,
+                   max_norm=5., gate_lr=.6, gate_beta1=.7, gate_beta2=.8, gate_eps=.9,
+                   gate_weight_decay=1., gate_max_norm=2., gate_total_step=88, gate_warmup_step=8, ckpt_step=9, keep_ckpt=3, log_step=11, seed=12,
+                   padding='max_length', max_seq_len=24, length_groups=True)
+    args = arguments(tmp_path, **changed)
+    names = dict(total_step='max_steps', warmup_step='warmup_steps', lr='learning_rate', beta1='adam_beta1',
+                 beta2='adam_beta2', eps='adam_epsilon', ckpt_step='save_steps', keep_ckpt='save_total_limit',
+                 log_step='logging_steps')
+    assert {name: getattr(args, names.get(name, name)) for name in changed} == changed
+    assert args.data_seed == 12 and not args.keep_last_batch
+    assert arguments(tmp_path, keep_last_batch=True).keep_last_batch
 
 
 def test_a_device_is_where_model_and_batches_go(monkeypatch):
@@ -24,6 +50,6 @@ def test_a_device_is_where_model_and_batches_go(monkeypatch):
     for name, answer in dict(is_available=lambda: True, device_count=lambda: 3, set_device=seen.append,
                              get_device_capability=lambda _: (9, 0), get_device_name=lambda _: 'one').items():
         monkeypatch.setattr(torch.cuda, name, answer)
-    args = training_arguments('nowhere', 5, device_id=2)
+    args = arguments('nowhere', device='cuda:2')
     assert (str(args.device), str(args.distributed_state.device)) == ('cuda:2', 'cuda:2')
     assert args.n_gpu == 1 and seen[-1] == 2

@@ -10,12 +10,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import program
-from test_training import same_bytes
+from conftest import program, ready, same_bytes
 from transformers import Trainer, TrainerCallback
 
 from lad_nb.durable import CHECKSUMS, find_damage
-from lad_nb.experiment import make_trainer, run
+from lad_nb.experiment import run
 from lad_nb.recipes import Recipe
 from lad_nb.results import append_result, read_results
 from lad_nb.runs import checkpoints, experiment_folder, read_log, sound_checkpoint
@@ -180,7 +179,7 @@ def test_two_processes_start_the_same_experiment(quick, tmp_path):
 
 def test_two_that_start_at_the_same_moment(quick, tmp_path):
     """Neither sees the other's folder before it has one: still only one trains."""
-    said, trainers = [], [make_trainer(quick, tmp_path, False) for _ in range(2)]
+    said, trainers = [], [ready(quick, tmp_path) for _ in range(2)]
     ready = threading.Barrier(2)
     def start(trainer):
         ready.wait()

@@ -1,10 +1,11 @@
 """Losses are computed in fp32 at least, whatever the forward passes are in; one below zero stops a run."""
 import pytest
 import torch
+from conftest import ready
 from torch.nn import functional as F
 
 from lad_nb.losses import hard_loss, soft_loss
-from lad_nb.experiment import make_trainer, run
+from lad_nb.experiment import run
 from lad_nb.runs import read_log
 from lad_nb.training import train
 
@@ -16,7 +17,8 @@ def in_float64(distiller, batch, out):
     for pair, target in zip(distiller.mapping.pairs, out.targets):
         gap = (out.student_hidden[pair.student - 1].double() - target.double())**2
         mask = batch['attention_mask'].unsqueeze(-1).double()
-        hidden.append((gap*mask).sum()/(mask.sum()*gap.shape[-1]) if distiller.objective.mask_padding else gap.mean())
+        masked = distiller.objective.mask_padding
+        hidden.append((gap*mask).sum()/(mask.sum()*gap.shape[-1]) if masked else gap.mean())
     tau = distiller.objective.softmax_temp
     soft = F.kl_div((student/tau).log_softmax(-1), (teacher/tau).softmax(-1), reduction='batchmean')*tau**2
     return F.cross_entropy(student, batch['labels']), soft, torch.stack(hidden)
@@ -24,11 +26,12 @@ def in_float64(distiller, batch, out):
 
 @pytest.mark.parametrize('method', ['lad', 'bert_pkd', 'alp_kd_hidden_v2'])
 def test_parts_of_a_bf16_pass(quick, tmp_path, method):
-    """What rounding of logits and states leaves unexplained is less than a millionth: in bf16 it was a third of the soft term."""
-    trainer = make_trainer(quick.replace(method=method, softmax_temp=10.), tmp_path, False)
+    """Rounding of logits and states explains all but a millionth; losses taken in bf16 were a third off."""
+    trainer = ready(quick.replace(method=method, softmax_temp=10.), tmp_path)
     distiller, batch = trainer.model.eval(), next(iter(trainer.get_train_dataloader()))
     batch.pop('row')
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): out = distiller(**batch, output_states=True)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        out = distiller(**batch, output_states=True)
     assert out.student_logits.dtype == torch.bfloat16
     for ours, theirs in zip((out.hard, out.soft, out.hidden), in_float64(distiller, batch, out)):
         assert ours.dtype == torch.float32
@@ -36,9 +39,11 @@ def test_parts_of_a_bf16_pass(quick, tmp_path, method):
 
 
 def test_a_bf16_run_beside_its_fp32_twin(quick, tmp_path):
-    """Every logged part of both is possible, and they are one run: close where rounding of the forward passes is all that differs."""
-    logs = [read_log(run(quick.replace(experiment=p, precision=p, dropout=0., log_step=1, total_step=4), tmp_path, progress=False))
-            for p in ('fp32', 'bf16')]
+    """Every logged part of both is possible, and they are one run: rounding of the forward passes is all that
+    differs."""
+    recipe = quick.replace(dropout=0., log_step=1, total_step=4)
+    recipes = [recipe.replace(experiment=p, precision=p) for p in ('fp32', 'bf16')]
+    logs = [read_log(run(r, tmp_path, progress=False)) for r in recipes]
     for full, half in zip(*logs):
         for part in ('hard', 'soft', 'hidden_1', 'hidden_2'):
             assert half[part] >= 0 and full[part] >= 0
@@ -62,14 +67,14 @@ def test_soft_loss_and_its_direction(tau, near):
 
 def test_float64_stays():
     logits = torch.randn(4, 3, dtype=torch.float64)
-    assert hard_loss(logits, torch.tensor([0, 1, 2, 0])).dtype == soft_loss(logits, -logits, 2.).dtype == torch.float64
+    labels = torch.tensor([0, 1, 2, 0])
+    assert hard_loss(logits, labels).dtype == soft_loss(logits, -logits, 2.).dtype == torch.float64
 
 
 def test_a_loss_below_zero_stops(quick, tmp_path, monkeypatch):
     """A loss of one's own that is no loss: the term and the update are named, nothing of it is written."""
-    import lad_nb.distiller
-    monkeypatch.setattr(lad_nb.distiller, 'soft_loss', lambda *args: soft_loss(*args) - 1.)
-    trainer = make_trainer(quick, tmp_path, False)
-    with pytest.raises(FloatingPointError, match='Update 1 of 6: its soft term is below zero, which no square and no divergence can be'):
-        train(trainer)
+    monkeypatch.setattr('lad_nb.distiller.soft_loss', lambda *args: soft_loss(*args) - 1.)
+    trainer = ready(quick, tmp_path)
+    said = 'Update 1 of 6: its soft term is below zero, which no square and no divergence can be'
+    with pytest.raises(FloatingPointError, match=said): train(trainer)
     assert not list((tmp_path/'quick_bert_toy').glob('checkpoint-*'))

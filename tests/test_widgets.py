@@ -13,6 +13,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from conftest import same_bytes
 from transformers import TrainerCallback
 
 from lad_nb.experiment import make_trainer, run
@@ -21,11 +22,7 @@ from lad_nb.panel import LiveView, Panel
 from lad_nb.records import Reader
 from lad_nb.stepper import Stepper
 
-FILES = ('model.safetensors', 'gates.safetensors', 'log.jsonl')
 SETTINGS = dict(total_step=7, ckpt_step=3, log_step=2)
-
-
-def same_bytes(a, b): return [f for f in FILES if (a/f).exists() and (a/f).read_bytes() != (b/f).read_bytes()] == []
 
 
 @pytest.fixture
