@@ -15,7 +15,7 @@ import pandas as pd, transformers
 from .values import COUNT, shown
 from .tasks import get_task, open_task
 from .runs import experiment_folder, find_checkpoint, run_setting
-from .recipes import Evaluation, FAITHFUL, FAST, OURS, Recipe, faithful
+from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
 from .sources import teacher_folder
 from .experiment import plan, plan_evaluation, rerun, run
 from .evaluation import best_checkpoint, score_checkpoints, write_predictions
@@ -215,7 +215,7 @@ def recipe_of(
     if args.fast and args.faithful:
         raise ValueError("--fast and --faithful contradict each other: norm, padding, masking and embeddings are ours "
                          "with the one, the paper's with the other. Give one.")
-    return Recipe(**(FAST if args.fast else OURS if args.faithful is False else faithful(method)) | given)
+    return Recipe(**(FAST if args.fast else RECOMMENDED if args.faithful is False else faithful(method)) | given)
 
 # %% ../nbs/72_cli.ipynb #95dd9d2d
 def _evaluation(command, args):

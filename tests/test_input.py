@@ -140,7 +140,7 @@ RIGHT = {str: st.sampled_from(['a', 'toy', 'lad', 'even']), int: st.integers(-2,
 @st.composite
 def recipes(draw):
     names = draw(st.lists(st.sampled_from([*FIELDS, *FIELDS, *FIELDS, 'learning_rate', '__class__', 'recipe']), unique=True, max_size=6))
-    return {n: draw(JSON if n not in FIELDS or draw(st.integers(0, 3)) == 0 else RIGHT[FIELDS[n].type]) for n in names}
+    return {n: draw(JSON if n not in FIELDS or draw(st.integers(0, 3)) == 0 else RIGHT[kind_of(FIELDS[n])]) for n in names}
 
 
 def is_a_recipe_or_refused(said):
