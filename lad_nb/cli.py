@@ -75,7 +75,7 @@ def _help(f):
     silent = f.default is None or f.name in _default_elsewhere
     return f.metadata['help'] + ('' if silent else f' (default {f.default})')
 
-# %% ../nbs/72_cli.ipynb #076d98d7
+# %% ../nbs/72_cli.ipynb #09403361
 def add_flag(
     parser: argparse.ArgumentParser,
     f, # a field of `Recipe` or `Evaluation`
@@ -86,13 +86,13 @@ def add_flag(
     else: how = dict(type=_reader(f), metavar=f.name.upper(), required=f.name in _required)
     parser.add_argument(*spellings, help=_help(f), default=None, **how)
 
-# %% ../nbs/72_cli.ipynb #c1ecb4ef
+# %% ../nbs/72_cli.ipynb #cdbab104
 def _complain(prog, message):
     "An error in one line, in which no character moves the cursor; the exit code"
     print(f"{prog}: error: {shown(' '.join(str(message).splitlines()))}", file=sys.stderr)
     return 2
 
-# %% ../nbs/72_cli.ipynb #488ca72e
+# %% ../nbs/72_cli.ipynb #5afdd25c
 class OneLineParser(argparse.ArgumentParser):
     "A parser that complains in one line and takes no abbreviations"
     def __init__(self, **kwargs):
@@ -106,13 +106,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message): raise SystemExit(_complain(self.prog, message))
 
-# %% ../nbs/72_cli.ipynb #aeeeaf66
+# %% ../nbs/72_cli.ipynb #92fca830
 def _nearest(word, known, otherwise, cutoff=.6):
     "A suggestion for a misspelt word"
     near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f' Did you mean {near[0]}?' if near else otherwise
 
-# %% ../nbs/72_cli.ipynb #3509919d
+# %% ../nbs/72_cli.ipynb #67955387
 def check_flags(
     parser: OneLineParser,
     words: list, # of a command line, after the command
@@ -123,14 +123,14 @@ def check_flags(
             lists = f' {parser.prog} --help lists them.'
             parser.error(f'there is no flag {flag}.' + _nearest(flag, parser.flags, lists, cutoff=.5))
 
-# %% ../nbs/72_cli.ipynb #b19a3d52
+# %% ../nbs/72_cli.ipynb #dc87f719
 def _add_command(commands, name, what, run, **known):
     "A command: its parser, the function that does it, and what that needs to know beside the flags"
     parser = commands.add_parser(name, help=what, description=what)
     parser.set_defaults(run=run, **known)
     return parser
 
-# %% ../nbs/72_cli.ipynb #9b35ec1b
+# %% ../nbs/72_cli.ipynb #3663b7f9
 def _add_root(parser, default='experiments'):
     parser.add_argument('--root', default=default, help='the folder that holds experiments')
 
@@ -143,13 +143,13 @@ def _add_dry_run(parser, what):
 def _add_allow_hub(parser, what):
     parser.add_argument('--allow_hub', action='store_true', help=f'ask the hub for {what}')
 
-# %% ../nbs/72_cli.ipynb #e4ad966d
+# %% ../nbs/72_cli.ipynb #025c041a
 def _say(*lines):
     for line in lines: print(shown(line), flush=True)
 
 def _print_json(found): print(json.dumps(found, indent=1))
 
-# %% ../nbs/72_cli.ipynb #c053e482
+# %% ../nbs/72_cli.ipynb #43564b30
 def _open_own_task(data_dir):
     "Register the task that a folder of TSV files describes"
     if isinstance(data_dir, str) and (Path(data_dir)/'task.json').is_file(): open_task(data_dir)
@@ -164,7 +164,7 @@ def _add_training(commands, recipe, name, what, method=None, flag=None, methods=
         if f.name != 'method' and f.metadata['audience'] in audiences: add_flag(parser, f)
     _add_training_flags(parser)
 
-# %% ../nbs/72_cli.ipynb #3aa41bff
+# %% ../nbs/72_cli.ipynb #a287ee0c
 _faithful_help = (
     "the paper scripts' choices: gates normed over the sequence, batches padded to max_seq_len, random "
     "student embeddings (and layers that no named source pairs), padding counted in the hidden loss, an "
@@ -175,7 +175,7 @@ _fast_help = (
     '--no-faithful, and faster: rows of like length share a batch, the teacher is asked once and read from '
     'disk, bf16 where the processor has it')
 
-# %% ../nbs/72_cli.ipynb #1d86228f
+# %% ../nbs/72_cli.ipynb #108dd158
 def _add_training_flags(parser):
     "What is not a field: choices that set several, and how to run"
     parser.add_argument('--num_class', type=whole_number, help="number of labels; must be the task's")
@@ -217,7 +217,7 @@ def _train(args):
     _say(f"{folder}: {recipe.method}, {run_setting(folder, 'total_step')} updates. "
          f"Score it: lad-nb run_fine_tune_eval {flags}")
 
-# %% ../nbs/72_cli.ipynb #627ec667
+# %% ../nbs/72_cli.ipynb #a5f5a748
 _dev_loss_only = {'teacher', 'teacher_exp', 'tmodel', 'tckpt', 'tdevice_id', 'softmax_temp', 'soft_weight',
                   'hard_weight', 'log_step'}
 
@@ -230,7 +230,7 @@ def _add_evaluation(commands, name, what, ask, without):
     _add_root(parser)
     return parser
 
-# %% ../nbs/72_cli.ipynb #84a3b7d5
+# %% ../nbs/72_cli.ipynb #40c64818
 def _add_evaluations(commands):
     add = partial(_add_evaluation, commands)
     add('run_fine_tune_eval', 'score every checkpoint of an experiment, name the best, write a CSV',
@@ -252,7 +252,7 @@ def _evaluate(args):
     if args.dry_run: return _print_json(plan_evaluation(asked, args.root))
     args.ask(asked, folder, args)
 
-# %% ../nbs/72_cli.ipynb #8528e3a7
+# %% ../nbs/72_cli.ipynb #6466daf6
 def _scores_said(row):
     "A row of scores in words"
     scores = ', '.join(f'{m} {v:.4f}' for m, v in row.items() if m not in ('step', 'left_out'))
@@ -292,7 +292,7 @@ def _dev_loss(asked, folder, args):
     dev_losses(folder, asked.dataset, teacher, *weights, *how, each)
     _say(folder/f'{asked.dataset}-loss.csv', f"tensorboard --logdir {folder/'tensorboard'}")
 
-# %% ../nbs/72_cli.ipynb #61c75f16
+# %% ../nbs/72_cli.ipynb #d02bc09e
 def _add_rerun(commands):
     what = 'train the recipe of a run folder again, to the same bytes'
     parser = _add_command(commands, 'rerun', what, _rerun)
@@ -301,12 +301,12 @@ def _add_rerun(commands):
     _add_resume(parser)
     _add_allow_hub(parser, 'models that the folder names')
 
-# %% ../nbs/72_cli.ipynb #2c4d1c9d
+# %% ../nbs/72_cli.ipynb #f8321590
 def _rerun(args):
     _open_own_task(run_setting(args.folder, 'data_dir'))
     _say(rerun(args.folder, args.experiment, args.resume, allow_hub=args.allow_hub))
 
-# %% ../nbs/72_cli.ipynb #aedb6b10
+# %% ../nbs/72_cli.ipynb #a14aaa87
 def _add_quickstart(commands):
     what = 'teacher, LAD student and undistilled student on the toy task, in minutes'
     parser = _add_command(commands, 'quickstart', what, _quickstart)
@@ -324,7 +324,7 @@ def _quickstart(args):
     _say('', root/'table.csv', f"{root/'gate_shares.png'}: what arrives in each gate from each teacher layer",
          f"{student}: the student; transformers.pipeline('text-classification', '{student}') loads it")
 
-# %% ../nbs/72_cli.ipynb #416ea134
+# %% ../nbs/72_cli.ipynb #4506a8ee
 _sizes = dict(
     rounds='of every mode',
     updates='counted in a round of a mode whose updates are all of one size',
@@ -333,7 +333,7 @@ _sizes = dict(
     max_seq_len='tokens of a row (S)',
     device_id='-1 is the CPU, else a CUDA index')
 
-# %% ../nbs/72_cli.ipynb #40af64ce
+# %% ../nbs/72_cli.ipynb #9da9cece
 def _add_benchmark(commands):
     what = 'how much faster than a plain loop, how near to the floor: every mode, timed in one process'
     parser = _add_command(commands, 'benchmark', what, _benchmark)
@@ -345,14 +345,14 @@ def _add_benchmark(commands):
     parser.add_argument('--task', help='rte where its folder is given, else the built-in toy task')
     parser.add_argument('--json', action='store_true', help='print one JSON object, and nothing else')
 
-# %% ../nbs/72_cli.ipynb #1009622a
+# %% ../nbs/72_cli.ipynb #e6cb0be4
 def _benchmark(args):
     settings = {name: getattr(args, name) for name in ('shape', 'task', *_sizes)}
     found = benchmark(**settings, say=lambda line: print(line, file=sys.stderr, flush=True))
     if args.json: print(json.dumps(found))
     else: _print_benchmark(found, args.shape)
 
-# %% ../nbs/72_cli.ipynb #59f00661
+# %% ../nbs/72_cli.ipynb #f35c3441
 def _print_benchmark(found, shape):
     "The times of every mode, what they come to in a whole run, and where an update's time goes"
     machine, precision = found['machine'], found['precision']
@@ -366,7 +366,7 @@ def _print_benchmark(found, shape):
     each = pd.DataFrame(found['milliseconds']).T
     print('\nmilliseconds of an update\n' + each.to_string(float_format='{:.1f}'.format))
 
-# %% ../nbs/72_cli.ipynb #6f402a3c
+# %% ../nbs/72_cli.ipynb #eeff2b81
 def _print_whole_run(found):
     whole = found['whole_run']
     print(f"{whole['epochs']} epochs of {found['data']['task']}, the cache's building counted in: "
@@ -408,7 +408,7 @@ def _given(args, kind):
     said = {f.name: getattr(args, f.name, None) for f in fields(kind)}
     return {name: value for name, value in said.items() if value is not None}
 
-# %% ../nbs/72_cli.ipynb #6c63e939
+# %% ../nbs/72_cli.ipynb #4ae65bda
 def _with_sources(given):
     "The sources of a mapping in the field where the method looks for them"
     if 'gate_indices' in given and 'teacher_indices' in given:
@@ -418,7 +418,7 @@ def _with_sources(given):
     if sources is None: return given
     return given | {'teacher_indices' if 'pkd' in given['method'] else 'gate_indices': sources}
 
-# %% ../nbs/72_cli.ipynb #6066ab3f
+# %% ../nbs/72_cli.ipynb #b910c9cf
 def _check_num_class(args):
     "`ValueError` for a number of labels that is not the task's"
     if args.num_class is None: return
@@ -428,7 +428,7 @@ def _check_num_class(args):
         raise ValueError(f"--num_class is {args.num_class}; the task {args.task} has {task.num_labels} "
                          f"({labels}).")
 
-# %% ../nbs/72_cli.ipynb #9034623e
+# %% ../nbs/72_cli.ipynb #439d74e0
 def _choices(args, method):
     "What --fast, --no-faithful or neither sets, unless a flag says otherwise"
     if args.fast and args.faithful:
@@ -437,7 +437,7 @@ def _choices(args, method):
     if args.fast: return FAST
     return RECOMMENDED if args.faithful is False else faithful(method)
 
-# %% ../nbs/72_cli.ipynb #48784cae
+# %% ../nbs/72_cli.ipynb #e3f3c19c
 def recipe_of(
     args: argparse.Namespace, # from `parse`, of a training command
 ) -> Recipe:
@@ -455,14 +455,14 @@ def evaluation_of(
     "The evaluation that a command line means"
     return Evaluation(**_given(args, Evaluation))
 
-# %% ../nbs/72_cli.ipynb #02b17c87
+# %% ../nbs/72_cli.ipynb #6b529bca
 def _speak_briefly():
     "Warnings in one line, and none of transformers' remarks"
     def show(message, *_, **__): print(f'lad-nb: warning: {shown(message)}', file=sys.stderr)
     warnings.showwarning = show
     transformers.logging.set_verbosity_error()
 
-# %% ../nbs/72_cli.ipynb #ca130ed2
+# %% ../nbs/72_cli.ipynb #9c00c9a9
 def main(
     argv: list | None=None, # the command line's by default
 ) -> int:                   # exit code: 0, 2 for a mistake, 130 for Ctrl-C

@@ -8,7 +8,7 @@ __all__ = ['run_books']
 # %% ../nbs/71_run_books.ipynb #f8fe4054
 from .recipes import Evaluation, Recipe, faithful
 
-# %% ../nbs/71_run_books.ipynb #fb0e4841
+# %% ../nbs/71_run_books.ipynb #8b3b4131
 run_books = {}
 
 # %% ../nbs/71_run_books.ipynb #e5faeda8
@@ -49,14 +49,14 @@ run_books['rte'] = dict(
     bert_pkd=_rte('PKD_hugface_soft_6_2_42', 'bert_pkd', lr=5e-4, **_rte_longer),
 )
 
-# %% ../nbs/71_run_books.ipynb #2ffd892e
+# %% ../nbs/71_run_books.ipynb #54699af3
 run_books['rte'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'rte', 'LAD_soft_3_26', 'train'),
     eval_dev=Evaluation('run_fine_tune_eval', 'rte', 'LAD_soft_3_26', 'dev'),
     predict_test=Evaluation('generate_test_prediction', 'rte', 'LAD_soft_3_26', 'test', ckpt=1000),
 )
 
-# %% ../nbs/71_run_books.ipynb #c79b2fdf
+# %% ../nbs/71_run_books.ipynb #5b0a4cc0
 run_books['rte'] |= dict(
     fine_tune_later=_teacher('teacher_later', 'rte', lr=7e-5, total_step=231, warmup_step=69, ckpt_step=77),
     lad_later=_rte('LAD_later', 'lad', teacher_exp='teacher_later', lr=7e-4, softmax_temp=10.,
@@ -80,7 +80,7 @@ run_books['mrpc'] = dict(
     bert_pkd=_mrpc('PKD_hugface_soft_3_26', 'bert_pkd'),
 )
 
-# %% ../nbs/71_run_books.ipynb #f358d837
+# %% ../nbs/71_run_books.ipynb #8fa56e92
 run_books['mrpc'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'mrpc', 'LAD6_soft_2_26', 'train'),
     eval_dev=Evaluation('run_fine_tune_eval', 'mrpc', 'LAD6_soft_2_26', 'dev', 128),
@@ -107,7 +107,7 @@ run_books['sst2'] = dict(
     bert_pkd=_sst2('PKD_hugface_soft_2_42', 'bert_pkd', mu=100., ckpt_step=2000, **_sst2_shorter),
 )
 
-# %% ../nbs/71_run_books.ipynb #f3dab46c
+# %% ../nbs/71_run_books.ipynb #94e3b9c3
 run_books['sst2'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'sst2', 'partial_LAD_0_42', 'train', 512),
     eval_dev=Evaluation('run_fine_tune_eval', 'sst2', 'partial_LAD_0_42', 'dev', 512),
@@ -134,7 +134,7 @@ run_books['qnli'] = dict(
                                   teacher_indices=(3, 4, 6, 8, 11, 12), student_indices=_every_layer),
 )
 
-# %% ../nbs/71_run_books.ipynb #4768dd71
+# %% ../nbs/71_run_books.ipynb #ab553f6c
 _as_trained = dict(teacher_exp='teacher_base', tckpt=9822, softmax_temp=10., soft_weight=.5, hard_weight=.5)
 run_books['qnli'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'qnli', 'LAD_soft_42', 'train', 512),
@@ -162,7 +162,7 @@ run_books['qqp'] = dict(
     bert_pkd=_qqp('PKD_soft_1_65', 'bert_pkd', lr=5e-5, mu=100., **_qqp_shorter),
 )
 
-# %% ../nbs/71_run_books.ipynb #7e79ec36
+# %% ../nbs/71_run_books.ipynb #984c9f55
 run_books['qqp'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'qqp', 'AKD_soft_9_42', 'train', 512),
     eval_dev=Evaluation('run_fine_tune_eval', 'qqp', 'partial_LAD_0_42', 'dev', 512),
@@ -185,7 +185,7 @@ run_books['mnli'] = dict(
     bert_pkd=_mnli('PKD_even_42', 'bert_pkd', lr=5e-5),
 )
 
-# %% ../nbs/71_run_books.ipynb #a84dc5fb
+# %% ../nbs/71_run_books.ipynb #c6efc18d
 run_books['mnli'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'mnli', 'LAD_soft_4_6', 'train', 512),
     eval_dev_matched=Evaluation('run_fine_tune_eval', 'mnli', 'LAD_soft_4_6', 'dev_matched', 512),
