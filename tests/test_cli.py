@@ -1,11 +1,13 @@
 """Commands as a person types them: what they print, what they refuse, and that a refusal writes nothing."""
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
-from conftest import FEW
+from conftest import FEW, ROOT
 from transformers import BertConfig, BertForSequenceClassification
 
 from lad_nb import cli, quickstart
@@ -227,6 +229,42 @@ def test_installed_command():
     command = [sys.executable, '-m', 'lad_nb', 'run_lad_distil', '--helpp']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
+
+
+ONE_LINE = "    patience: int = setting(3, 'scores without a gain before training stops', COUNT)\n"
+TRAINING = ['run_fine_tune', 'run_lad_distil', 'run_probing_lad', 'run_lad_no_distil', 'run_alp_distil',
+            'run_pkd_distill', 'run_probing', 'distil']
+
+
+@pytest.fixture(scope='module')
+def new_field(tmp_path_factory):
+    """What a copy of the library says of a field that was added to it, in one line of one file."""
+    folder = tmp_path_factory.mktemp('new_field')
+    shutil.copytree(ROOT/'lad_nb', folder/'lad_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    recipes = folder/'lad_nb'/'recipes.py'
+    before, seed, after = recipes.read_text().partition('    seed: int = ')
+    recipes.write_text(before + ONE_LINE + seed + after)
+    there = os.environ | dict(PYTHONPATH=str(folder))
+    command = [sys.executable, str(ROOT/'tests'/'new_field.py')]
+    done = subprocess.run(command, cwd=folder, env=there, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_new_field_is_a_checked_flag_with_help_and_in_the_tables(new_field):
+    assert list(new_field['help']) == TRAINING
+    what = 'scores without a gain before training stops'
+    assert all(f'{what} (default 3)' in said for said in new_field['help'].values())
+    code, out, err = new_field['refused']
+    assert code == 2 and 'patience is 0; a whole number from 1' in err and out == ''
+    assert new_field['row'] == [5, 3, what]
+    assert new_field['columns'] == ['patience']
+
+
+@pytest.mark.xfail(strict=True, reason='the plan still names its fields one by one')
+def test_a_new_field_is_in_the_plan(new_field):
+    code, out, err = new_field['planned']
+    assert code == 0 and '"patience": 5' in out, err
 
 
 def test_recipes_travel():
