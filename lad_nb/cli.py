@@ -19,8 +19,8 @@ from .tasks import get_task, open_task
 from .runs import experiment_folder, find_checkpoint, run_setting
 from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful, kind_of
 from .sources import teacher_folder
-from .experiment import plan, plan_evaluation, rerun, run
-from .evaluation import best_checkpoint, score_checkpoints, write_predictions
+from .experiment import rerun, resolve, run
+from .evaluation import best_checkpoint, plan_evaluation, score_checkpoints, write_predictions
 from .similarity import dev_losses
 from .benchmark import benchmark, benchmark_table, shapes
 from .quickstart import quickstart
@@ -206,11 +206,17 @@ def _add_trainings(commands, recipe):
     add('distil', 'any method by name, and undistilled, the baseline without a teacher', flag='method',
         help='one of the methods, or undistilled', required=True)
 
+# %% ../nbs/72_cli.ipynb #d6a790b0
+def _planned(recipe, args):
+    "The plan of a recipe, and what is not there yet"
+    plan = resolve(recipe, args.root, allow_hub=args.allow_hub, fetch=False)
+    return plan.to_dict() | dict(missing=list(plan.missing))
+
 # %% ../nbs/72_cli.ipynb #45d564e2
 def _train(args):
     _open_own_task(args.data_dir)
     recipe = recipe_of(args)
-    if args.dry_run: return _print_json(plan(recipe, args.root))
+    if args.dry_run: return _print_json(_planned(recipe, args))
     folder = run(recipe, args.root, args.resume, allow_hub=args.allow_hub)
     if os.environ.get('RANK', '0') != '0': return # torchrun's first process speaks for all
     flags = f'--experiment {recipe.experiment} --model {recipe.model} --task {recipe.task}'

@@ -10,34 +10,28 @@ import contextlib, random, warnings
 
 import numpy as np, torch
 
+# %% ../nbs/01_devices.ipynb #c0af6e75
+def _best_device():
+    if torch.cuda.is_available(): return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
 # %% ../nbs/01_devices.ipynb #eaafea37
 def pick_device(
-    device_id: int=None, # -1: the CPU; a CUDA index; None: the best there is
-) -> str:                # 'cpu', 'mps', 'cuda' (the current one), or 'cuda:1'
-    "The device to compute on; a CUDA index that is not there falls back with a warning"
-    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    device_id: int | None=None, # -1: the CPU; from 0 up: a CUDA index; None: the best there is
+) -> str:                       # 'cpu', 'mps', 'cuda' (the current one), or 'cuda:1'
+    "The device to compute on; a CUDA index that does not exist gives the best device, with a warning"
+    best, count = _best_device(), torch.cuda.device_count()
     if device_id is None: return best
     if device_id == -1: return 'cpu'
-    if device_id < -1: raise ValueError(f"device_id is {device_id}; -1 (the CPU) or a CUDA index from 0 up was expected.")
-    if device_id < torch.cuda.device_count(): return f'cuda:{device_id}'
-    warnings.warn(f"There is no CUDA device {device_id} here ({torch.cuda.device_count()} found); the best there is: {best}.")
+    if device_id < -1:
+        raise ValueError(f"device_id is {device_id}; -1 (the CPU) or a CUDA index from 0 up was expected.")
+    if device_id < count: return f'cuda:{device_id}'
+    warnings.warn(f"There is no CUDA device {device_id} here ({count} found); the best there is: {best}.")
     return best
-
-# %% ../nbs/01_devices.ipynb #d9672486
-def pick_precision(
-    precision: str='auto', # 'fp32', 'bf16' or 'auto'
-    device: str='cpu',     # from `pick_device`
-) -> tuple:                # 'fp32' or 'bf16', and why
-    "The precision of the forward passes: what was asked for, or the fastest that keeps the range of fp32"
-    if precision not in ('fp32', 'bf16', 'auto'): raise ValueError(f"precision is {precision!r}; it is 'fp32', 'bf16' or 'auto'.")
-    has, unit = _bf16_units(device)
-    if precision == 'bf16' and not has: warnings.warn(f"precision is 'bf16', but {unit}: updates will be slower than in fp32. 'auto' chooses by the processor.")
-    if precision != 'auto': return precision, 'asked for'
-    return ('bf16' if has else 'fp32'), unit
 
 # %% ../nbs/01_devices.ipynb #37f6b748
 def _bf16_units(device):
-    "Whether a device computes in bf16 faster than in fp32, and what tells so"
+    "Whether a device computes faster in bf16 than in fp32, and what tells so"
     if device.startswith('cuda'):
         has = bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
         return has, f"{torch.cuda.get_device_name(device)} has {'' if has else 'no '}bf16 units"
@@ -46,18 +40,37 @@ def _bf16_units(device):
         return has, f"this processor has {'' if has else 'no '}bf16 units (AMX or AVX512-BF16)"
     return False, f'bf16 is not used on {device}'
 
+# %% ../nbs/01_devices.ipynb #d9672486
+def pick_precision(
+    precision: str='auto', # 'fp32', 'bf16' or 'auto'
+    device: str='cpu',     # from `pick_device`
+) -> tuple:                # 'fp32' or 'bf16', and why
+    "The precision of the forward passes: as asked for, or the fastest that keeps the range of fp32"
+    if precision not in ('fp32', 'bf16', 'auto'):
+        raise ValueError(f"precision is {precision!r}; it is 'fp32', 'bf16' or 'auto'.")
+    has, unit = _bf16_units(device)
+    if precision == 'bf16' and not has:
+        warnings.warn(f"precision is 'bf16', but {unit}: updates will be slower than in fp32. "
+                      "'auto' chooses by the processor.")
+    if precision != 'auto': return precision, 'asked for'
+    return ('bf16' if has else 'fp32'), unit
+
 # %% ../nbs/01_devices.ipynb #b8cb560a
-def random_state() -> tuple:
-    "Of every generator that Trainer keeps in a checkpoint"
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+def random_state() -> tuple: # of Python, numpy, torch, and CUDA's devices (None while CUDA is not in use)
+    "The state of every generator that Trainer keeps in a checkpoint"
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 # %% ../nbs/01_devices.ipynb #8a4bff70
 def set_random_state(
     state: tuple, # from `random_state`
 ):
-    "Put it back"
-    random.setstate(state[0]), np.random.set_state(state[1]), torch.set_rng_state(state[2])
-    if state[3] is not None: torch.cuda.set_rng_state_all(state[3])
+    "Put every generator back to a state"
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None: torch.cuda.set_rng_state_all(cuda)
 
 # %% ../nbs/01_devices.ipynb #f9e960ac
 @contextlib.contextmanager

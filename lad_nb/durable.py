@@ -5,33 +5,27 @@
 # %% auto #0
 __all__ = ['CHECKSUMS', 'LOCK', 'write_aside', 'write_text', 'read_json', 'append_line', 'clear_place', 'new_folder', 'file_hash',
            'write_checksums', 'find_damage', 'commit_folder', 'remove_folder', 'check_damage', 'reading_weights',
-           'load_weights', 'FolderInUse', 'lock_folder', 'end_with_parent', 'check_links']
+           'load_weights', 'lock_file', 'FolderInUse', 'lock_folder', 'end_with_parent', 'check_links']
 
 # %% ../nbs/00_durable.ipynb #52820e86
 import contextlib, ctypes, errno, hashlib, json, multiprocessing, os, shutil, signal, sys, threading, time
 from functools import lru_cache
 from pathlib import Path
 
-import safetensors
+import safetensors.torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-# %% ../nbs/00_durable.ipynb #40f195b1
-def _flush(path):
-    "Have the disk keep what was written; folders as well, so that a rename lasts"
-    if os.name == 'nt' and Path(path).is_dir(): return # folders have no handles there
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
 # %% ../nbs/00_durable.ipynb #9b73c980
-def _no_link(path, flags): return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+def _no_link(path, flags):
+    "An opener that follows no symbolic link"
+    return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
 
 # %% ../nbs/00_durable.ipynb #1d8195d7
 @contextlib.contextmanager
 def write_aside(
-    path: str, # of the file
-):             # yields a binary file to fill
+    path: str | Path, # of the file
+):                    # yields a binary file to fill
     "Write a file whole or not at all: under a new name, flushed, then renamed; links are not followed"
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part')
@@ -45,10 +39,10 @@ def write_aside(
 
 # %% ../nbs/00_durable.ipynb #de896b69
 def write_text(
-    path: str, # of the file
-    text: str, # all of it
+    path: str | Path, # of the file
+    text: str,        # all of it
 ):
-    "Write a file whole or not at all"
+    "Write a text file whole or not at all; `OSError` names it"
     path, raw = Path(path), text.encode()
     try:
         with write_aside(path) as f: f.write(raw)
@@ -58,37 +52,15 @@ def write_text(
 
 # %% ../nbs/00_durable.ipynb #ae7c6c3f
 def read_json(
-    path: str, # of the file
-):
-    "What a JSON file says; `ValueError` names the file"
+    path: str | Path, # of the file
+):                    # what it says
+    "Read a JSON file; `ValueError` names the file"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON: {e}") from None
 
-# %% ../nbs/00_durable.ipynb #96911cca
-def append_line(
-    path: str,  # of a file of JSON lines
-    line: dict, # the next one
-    sync: bool=False, # have the disk keep it before going on
-):
-    "Add a line; what a process that died left of one is cut off first, and a full disk leaves no part of this one"
-    text = (json.dumps(line) + '\n').encode()
-    try:
-        with open(path, 'ab+', buffering=0, opener=_no_link) as f:
-            _mend(f)
-            end = f.seek(0, os.SEEK_END)
-            try:
-                rest = text
-                while rest: rest = rest[f.write(rest):] # a nearly full disk takes some, then says why it takes no more
-                if sync: os.fsync(f.fileno())
-            except OSError: f.truncate(end); raise
-    except OSError as e:
-        why = 'it is a link, and nothing is written through one' if e.errno == errno.ELOOP else e.strerror
-        raise OSError(e.errno, f"{path} could not get its next line ({len(text):,} bytes): {why}. "
-                               "The lines before are unchanged") from e
-
 # %% ../nbs/00_durable.ipynb #7d7ad950
 def _mend(f):
-    "Cut off a torn last line; one that lacks nothing but its end gets it"
+    "Cut off a torn last line; a line that lacks only its end gets it"
     if not f.seek(0, os.SEEK_END): return
     f.seek(-1, os.SEEK_END)
     if f.read(1) == b'\n': return
@@ -98,64 +70,106 @@ def _mend(f):
     except ValueError: f.truncate(f.tell() - len(last))
     else: f.write(b'\n')
 
+# %% ../nbs/00_durable.ipynb #ea6b21ab
+def _append(f, raw, sync):
+    "Add these bytes to an unbuffered file, all of them or none"
+    end = f.seek(0, os.SEEK_END)
+    try:
+        while raw: raw = raw[f.write(raw):]
+        if sync: os.fsync(f.fileno())
+    except OSError: f.truncate(end); raise
+
+# %% ../nbs/00_durable.ipynb #96911cca
+def append_line(
+    path: str | Path, # of a file of JSON lines
+    line: dict,       # the next one
+    sync: bool=False, # wait until it is on the disk
+):
+    "Add a line, whole or not at all, after cutting off a torn one; `OSError` names the file"
+    raw = (json.dumps(line) + '\n').encode()
+    try:
+        with open(path, 'ab+', buffering=0, opener=_no_link) as f:
+            _mend(f)
+            _append(f, raw, sync)
+    except OSError as e:
+        why = 'it is a link, and nothing is written through one' if e.errno == errno.ELOOP else e.strerror
+        raise OSError(e.errno, f"{path} could not get its next line ({len(raw):,} bytes): {why}. "
+                               "The lines before are unchanged") from e
+
 # %% ../nbs/00_durable.ipynb #68b112ea
 def clear_place(
-    path: str, # of a file, a folder or a link
+    path: str | Path, # of a file, a folder or a link
 ):
-    "Delete what stands there, if anything does; a link goes, what it leads to stays"
+    "Delete what stands there, if anything does; of a link, only the link"
     path = Path(path)
     if path.is_symlink() or path.is_file(): path.unlink()
     elif path.exists(): shutil.rmtree(path)
 
 # %% ../nbs/00_durable.ipynb #4506c440
 def new_folder(
-    path: str, # whose parent is there
-) -> Path:     # the same
-    "An empty folder of our own making"
+    path: str | Path, # its parent exists
+) -> Path:            # the same
+    "Make an empty folder in the place of whatever stands there"
     clear_place(path)
     Path(path).mkdir()
     return Path(path)
-
-# %% ../nbs/00_durable.ipynb #abcbc4d6
-def file_hash(
-    path: str, # a file
-) -> str:      # sha256, in hex
-    "What tells one file from another; computed once in a process, as long as the file stays as it is"
-    path, found = os.path.abspath(path), os.stat(path)
-    known = _hash if time.time_ns() - found.st_mtime_ns > 2e9 else _hash.__wrapped__ # a clock may tick too slowly for a new file
-    return known(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 # %% ../nbs/00_durable.ipynb #b846bab5
 @lru_cache(maxsize=4096)
 def _hash(path, *state):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../nbs/00_durable.ipynb #abcbc4d6
+def file_hash(
+    path: str | Path, # of a file
+) -> str:             # sha256, in hex
+    "What tells one file from another; computed once in a process, as long as the file stays the same"
+    path, found = os.path.abspath(path), os.stat(path)
+    settled = time.time_ns() - found.st_mtime_ns > 2e9
+    known = _hash if settled else _hash.__wrapped__
+    state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return known(path, *state)
+
 # %% ../nbs/00_durable.ipynb #8f5abc08
 CHECKSUMS = 'checksums.json'
 
+# %% ../nbs/00_durable.ipynb #40f195b1
+def _flush(path):
+    "Put a file on the disk; a folder as well, so that a rename in it lasts"
+    if os.name == 'nt' and Path(path).is_dir(): return # folders have no handles there
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
 # %% ../nbs/00_durable.ipynb #c1245105
 def write_checksums(
-    folder: str, # of files, no folders in it
+    folder: str | Path, # of files, without folders in it
 ):
-    "Write down the checksum of every file, and have the disk keep them"
+    "Write down the checksum of every file of a folder, and put all of them on the disk"
     folder, found = Path(folder), {}
     for path in sorted(p for p in folder.iterdir() if p.name != CHECKSUMS):
         found[path.name] = file_hash(path)
         _flush(path)
     write_text(folder/CHECKSUMS, json.dumps(found, indent=1) + '\n')
 
+# %% ../nbs/00_durable.ipynb #b6919ebd
+def _expected(folder):
+    "The checksums of a folder, and what is wrong with them, or None"
+    if not (folder/CHECKSUMS).is_file(): return {}, f'{CHECKSUMS} is missing'
+    try: found = read_json(folder/CHECKSUMS)
+    except ValueError: found = None
+    sound = isinstance(found, dict) and all(Path(name).name == name for name in found)
+    return (found, None) if sound else ({}, f'{CHECKSUMS} is damaged')
+
 # %% ../nbs/00_durable.ipynb #3b76d20c
 def find_damage(
-    folder: str,             # that has checksums
-    but=lambda name: False,  # files that do not matter
-) -> str:                    # what is wrong with it, or None
+    folder: str | Path,     # that has checksums
+    but=lambda name: False, # tells the names of files that do not matter
+) -> str | None:            # what is wrong with it
     "Whether the files of a folder are what was written"
     folder = Path(folder)
-    if not (folder/CHECKSUMS).is_file(): return f'{CHECKSUMS} is missing'
-    try: expected = read_json(folder/CHECKSUMS)
-    except ValueError: return f'{CHECKSUMS} is damaged'
-    if not isinstance(expected, dict) or any(Path(name).name != name for name in expected):
-        return f'{CHECKSUMS} is damaged'
+    expected, wrong = _expected(folder)
+    if wrong: return wrong
     for name, sha256 in expected.items():
         if but(name): continue
         path = folder/name
@@ -164,19 +178,19 @@ def find_damage(
 
 # %% ../nbs/00_durable.ipynb #c694636c
 def commit_folder(
-    part: str,  # a folder that is whole
-    place: str, # where it belongs
+    part: str | Path,  # a folder that is whole
+    place: str | Path, # where it belongs
 ):
     "Write a folder's checksums and rename it to its place"
     part, place = Path(part), Path(place)
     write_checksums(part)
-    clear_place(place) # the same step, written before
+    clear_place(place) # the same checkpoint, written by an earlier attempt
     os.replace(part, place)
     _flush(place.parent)
 
 # %% ../nbs/00_durable.ipynb #86dde9f2
 def remove_folder(
-    folder: str, # whole, until it is gone
+    folder: str | Path, # whole, until it is gone
 ):
     "Delete a folder: it loses its name first, so that no half of it is taken for the whole"
     aside = Path(folder).with_name('.removing')
@@ -184,93 +198,115 @@ def remove_folder(
     os.replace(folder, aside)
     shutil.rmtree(aside)
 
+# %% ../nbs/00_durable.ipynb #f6a9d6fd
+_resume = ('optimizer.pt', 'scheduler.pt', 'trainer_state.json')
+def _only_for_resuming(name): return name in _resume or name.startswith('rng_state')
+
 # %% ../nbs/00_durable.ipynb #d7d0a13e
 def check_damage(
-    folder: str, # of a model
+    folder: str | Path, # of a model
 ):
     "`ValueError` for a model that is not what was written; without checksums, nothing can be said"
     folder = Path(folder)
     if not (folder/CHECKSUMS).is_file(): return
-    what = find_damage(folder, but=lambda name: name in _resume or name.startswith('rng_state'))
-    if what: raise ValueError(f"{folder} is damaged: {what}. Take another checkpoint or another copy. "
-                              f"If the change was meant, delete {folder/CHECKSUMS}: nothing is compared then.")
-
-# %% ../nbs/00_durable.ipynb #f6a9d6fd
-_resume = ('optimizer.pt', 'scheduler.pt', 'trainer_state.json') # read by a run that goes on, which looks at every file
+    what = find_damage(folder, but=_only_for_resuming)
+    if what:
+        raise ValueError(f"{folder} is damaged: {what}. Take another checkpoint or another copy. "
+                         f"If the change was meant, delete {folder/CHECKSUMS}: nothing is compared then.")
 
 # %% ../nbs/00_durable.ipynb #46f458c3
 @contextlib.contextmanager
 def reading_weights(
-    path: str, # of a safetensors file, named in the error
+    path: str | Path, # of a safetensors file, named in the error
 ):
-    "safetensors' own error, of a file that was cut or is something else, as a `ValueError` that names it"
+    "Turn the error about a file that was cut off or is something else into a `ValueError` that names it"
     try: yield
     except SafetensorError as e:
         size = f', {Path(path).stat().st_size:,} bytes' if Path(path).is_file() else ''
-        raise ValueError(f"{path} is no whole safetensors file ({e}{size}). "
-                         "It was cut off or overwritten: copy it again, or take another checkpoint.") from None
+        raise ValueError(f"{path} is no whole safetensors file ({e}{size}). It was cut off or overwritten: "
+                         "copy it again, or take another checkpoint.") from None
 
 # %% ../nbs/00_durable.ipynb #aab67fbe
 def load_weights(
-    path: str, # of a safetensors file
-) -> dict:     # {name: tensor}, memory-mapped
-    "The tensors of a file"
+    path: str | Path, # of a safetensors file
+) -> dict:            # {name: tensor}, memory-mapped
+    "The tensors of a file; `FileNotFoundError` or `ValueError` names it"
     if not Path(path).is_file(): raise FileNotFoundError(f"There is no file {path}.")
     with reading_weights(path): return safetensors.torch.load_file(path)
+
+# %% ../nbs/00_durable.ipynb #aaf391f1
+@contextlib.contextmanager
+def lock_file(
+    path: str | Path, # of the lock; its folder exists
+    wait=None,        # called once if somebody else holds the lock; it is waited for, unless that raises
+):
+    "Hold a lock while the block runs"
+    lock = FileLock(path)
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        if wait is not None: wait()
+        lock.acquire()
+    try: yield
+    finally: lock.release()
 
 # %% ../nbs/00_durable.ipynb #391fca9f
 LOCK = '.lock'
 _mine = threading.local() # the folders that a thread has locked
+
 class FolderInUse(FileExistsError):
     "Another process, or thread, has locked the folder"
 
 # %% ../nbs/00_durable.ipynb #fca81027
 @contextlib.contextmanager
 def lock_folder(
-    folder: str, # of a run; made if it is not there
-    wait=None,   # called once when another has locked it, which is then waited for; an error by default
+    folder: str | Path, # of a run; it is made if it does not exist
+    wait=None,          # called once if somebody else has locked it, which is then waited for; else an error
 ):
-    "Keep a folder to this thread, which may enter again; `FolderInUse` for any other process or thread"
+    "Lock a run folder for this thread, which may enter it again; `FolderInUse` for all others"
     folder = Path(folder)
     mine = _mine.__dict__.setdefault('folders', set())
     if (place := folder.resolve()) in mine: yield; return
+    def refuse():
+        raise FolderInUse(f"{folder} is in use: another process trains there now. "
+                          "Wait until it has ended, or choose another experiment name.") from None
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder/LOCK)
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        if wait is None:
-            raise FolderInUse(f"{folder} is in use: another process trains there now. "
-                              "Wait until it has ended, or choose another experiment name.") from None
-        wait(); lock.acquire()
-    mine.add(place)
-    try: yield
-    finally: mine.remove(place); lock.release()
+    with lock_file(folder/LOCK, wait or refuse):
+        mine.add(place)
+        try: yield
+        finally: mine.remove(place)
+
+# %% ../nbs/00_durable.ipynb #7ab603bc
+def _watch(parent):
+    "End when a pipe to the parent closes: on every system, and for a parent that is gone already"
+    parent.join()
+    os._exit(1)
 
 # %% ../nbs/00_durable.ipynb #b917249a
 def end_with_parent():
-    "Have this process end, as if killed, when the process that started it is gone, however that ended"
-    if (parent := multiprocessing.parent_process()) is None: return
+    "End this process, as if killed, when the process that started it is gone, however that ended"
+    parent = multiprocessing.parent_process()
+    if parent is None: return
     if sys.platform == 'linux': # PR_SET_PDEATHSIG: not even a busy process misses it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    def watch(): parent.join(); os._exit(1) # a pipe that closes: everywhere, and for a parent gone already
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+# %% ../nbs/00_durable.ipynb #67cbc451
+def _everything(folder):
+    "Paths of all files, folders and links in a folder; no link is followed, what can't be listed is an error"
+    def unlisted(error):
+        if not isinstance(error, FileNotFoundError): raise error # else gone since, or not there yet
+    for at, folders, files in os.walk(folder, onerror=unlisted):
+        yield from (os.path.join(at, n) for n in (*folders, *files))
 
 # %% ../nbs/00_durable.ipynb #4487254b
 def check_links(
-    folder: str, # of a run, a checkpoint or a model
+    folder: str | Path, # of a run, a checkpoint or a model
 ):
     "`ValueError` for a symbolic link, at any depth, that leads out of the folder"
     home = Path(folder).resolve()
     within = [home] + ([home.parents[1]/'blobs'] if home.parent.name == 'snapshots' else [])
     for path in filter(os.path.islink, _everything(folder)):
         if not any(Path(path).resolve().is_relative_to(w) for w in within):
-            raise ValueError(f"{path} is a link that leads out of its folder, to {os.readlink(path)}: nothing is read "
-                             "or written through it. Put a copy of the file in its place if you trust it.")
-
-# %% ../nbs/00_durable.ipynb #67cbc451
-def _everything(folder):
-    "Paths of all files, folders and links in a folder; no link is followed, what can't be listed is an error"
-    def unlisted(error):
-        if not isinstance(error, FileNotFoundError): raise error # gone since, or not there yet
-    for at, folders, files in os.walk(folder, onerror=unlisted):
-        yield from (os.path.join(at, n) for n in (*folders, *files))
+            raise ValueError(f"{path} is a link that leads out of its folder, to {os.readlink(path)}: "
+                             "nothing is read or written through it. Put a copy of the file in its place "
+                             "if you trust it.")

@@ -363,7 +363,7 @@ def student_start(
     recipe: Recipe,          # its student_init and indices
     mapping: Mapping | None, # what each student layer learns from; None without a teacher
 ):                           # 'even', 'first', or {student layer: encoder layer, or None: random}
-    "Where the student's layers start: with explicit indices at their sources, if the recipe says nothing else"
+    "Where the student's layers start: with explicit indices at their sources, if nothing else is said"
     if recipe.student_init == 'paired': return _paired_start(recipe, mapping)
     if recipe.student_init: return recipe.student_init
     named = recipe.gate_indices is not None or recipe.teacher_indices is not None
@@ -373,8 +373,8 @@ def student_start(
 def _paired_start(recipe, mapping):
     "Layers of named sources; the others random"
     if mapping is None or not mapping.named_layers:
-        raise ValueError(f"student_init='paired' copies the layers of named sources, and {recipe.method} names "
-                         "none. Take 'even' or 'first'.")
+        raise ValueError(f"student_init='paired' copies the layers of named sources, and {recipe.method} "
+                         "names none. Take 'even' or 'first'.")
     return {m: mapping.named_layers.get(m) for m in range(1, mapping.M + 1)}
 
 # %% ../nbs/45_recipes.ipynb #b0030829
@@ -409,14 +409,14 @@ def check_names(recipe):
 def check_padding(recipe):
     "`ValueError` for a cache or a LayerNorm that needs another padding"
     if recipe.teacher_cache and recipe.distils and (recipe.norm == 'sequence' or not recipe.mask_padding):
-        raise ValueError("teacher_cache=True needs norm='token' and mask_padding=True: the cache keeps no padding, "
-                         f"and norm={recipe.norm!r}, mask_padding={recipe.mask_padding} look at it. "
+        raise ValueError("teacher_cache=True needs norm='token' and mask_padding=True: the cache keeps no "
+                         f"padding, and norm={recipe.norm!r}, mask_padding={recipe.mask_padding} look at it. "
                          "FAST sets all three.")
     if recipe.norm == 'sequence' and recipe.padding != 'max_length':
         raise ValueError("norm='sequence' needs padding='max_length': its LayerNorm has one fixed length.")
     if recipe.keep_last_batch and recipe.length_groups:
-        raise ValueError("length_groups=True leaves out the rows that fill no batch, keep_last_batch=True trains "
-                         "on them: take one of the two.")
+        raise ValueError("length_groups=True leaves out the rows that fill no batch, keep_last_batch=True "
+                         "trains on them: take one of the two.")
 
 # %% ../nbs/45_recipes.ipynb #3b0fd559
 def check_schedule(recipe):

@@ -19,48 +19,47 @@ class Range:
     low: float
     high: float
     above: bool=False # low itself is not allowed
-    below: bool=False # nor is high
+    below: bool=False # high itself is not allowed
 
     def __contains__(self, x) -> bool:
         low = self.low < x if self.above else self.low <= x
         return low and (x < self.high if self.below else x <= self.high)
 
     def __str__(self):
-        start = 'above' if self.above else 'of at least' if self.below else 'from'
-        return f"{start} {self.low:,} {'and below' if self.below else 'up to'} {self.high:,}"
+        if not self.above and not self.below: return f'from {self.low:,} up to {self.high:,}'
+        start, end = 'above' if self.above else 'of at least', 'below' if self.below else 'at most'
+        return f'{start} {self.low:,} and {end} {self.high:,}'
 
 # %% ../nbs/02_values.ipynb #96e0a1c3
 COUNT  = Range(1, 10**9)              # updates, rows
-STEP   = Range(0, 10**9)              # updates, from none on
+STEP   = Range(0, 10**9)              # updates, 0 included
 SEED   = Range(0, 2**32 - 1)          # numpy's generators take no other
 RATE   = Range(0, 10, above=True)     # learning rate
-FROZEN = Range(0, 10)                 # one that may be 0
-BETA   = Range(0, 1, below=True)
-SHARE  = Range(0, 1)
-EPS    = Range(0, 1, above=True)
-DECAY  = Range(0, 100)
+FROZEN = Range(0, 10)                 # learning rate that may be 0
+BETA   = Range(0, 1, below=True)      # of Adam
+SHARE  = Range(0, 1)                  # a part of a whole
+EPS    = Range(0, 1, above=True)      # of Adam
+DECAY  = Range(0, 100)                # of weights
 NORM   = Range(0, 10**12, above=True) # of a gradient
 WEIGHT = Range(0, 10**6)              # of a loss
-TEMPERATURE = Range(.001, 10**4)
+TEMPERATURE = Range(.001, 10**4)      # of the soft loss
 LENGTH = Range(4, 2**16)              # tokens (S)
 LAYERS = Range(1, 1000)               # of an encoder
 SIZE   = Range(1, 10**6)              # of a layer
-DEVICE = Range(-1, 1023)
+DEVICE = Range(-1, 1023)              # -1 is the CPU
 
 # %% ../nbs/02_values.ipynb #5925bb83
 def shown(
     text, # from a file, or the name of one
 ) -> str:
-    "Text with everything that does not print spelled out"
+    "Text in which everything that does not print is spelled out"
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
-# %% ../nbs/02_values.ipynb #cf4479eb
-_kinds = {str: 'text', int: 'a whole number', float: 'a number', bool: 'True or False',
-          tuple: 'a list of whole numbers'}
-
 # %% ../nbs/02_values.ipynb #ee095628
-def plain(value):
-    "Numbers of numpy, arrays and paths as Python's own; anything else as it is"
+def plain(
+    value, # anything
+):         # the same in Python's own types
+    "A value without numpy and paths; sequences become tuples"
     if isinstance(value, (np.generic, np.ndarray)): return value.tolist()
     if isinstance(value, os.PathLike): return os.fspath(value)
     if isinstance(value, (list, tuple, range)): return tuple(plain(v) for v in value)
@@ -78,23 +77,31 @@ def _brief(value):
     try: return shown(repr(value))[:60]
     except ValueError: return 'a number of thousands of digits'
 
-# %% ../nbs/02_values.ipynb #b251ff26
-def check_value(
-    name: str,           # of the setting
-    value,               # that was given
-    kind: type,          # str, int, float, bool, or tuple of whole numbers
-    allowed=None,        # a `Range` of numbers, or the texts that are allowed
-    optional: bool=False, # may it be None
-    also: str='',         # what else it may be, in words
-):                       # the value, as Python's own type
-    "`ValueError` that names a setting, what it is and what is allowed"
-    if value is None and optional: return None
-    value = tuple(v) if isinstance(v := plain(value), list) else v
+# %% ../nbs/02_values.ipynb #cf4479eb
+_kinds = {str: 'text', int: 'a whole number', float: 'a number', bool: 'True or False',
+          tuple: 'a list of whole numbers'}
+
+# %% ../nbs/02_values.ipynb #36a0de64
+def _wanted(kind, allowed, optional, also):
+    "What is allowed, in words"
     what = [f'{_kinds[kind]} {allowed}' if isinstance(allowed, Range) else _kinds[kind]]
     if isinstance(allowed, tuple): what = [*map(repr, allowed)]
     what += [also]*bool(also) + ['None']*optional
+    return ' or '.join(', '.join(what).rsplit(', ', 1))
+
+# %% ../nbs/02_values.ipynb #b251ff26
+def check_value(
+    name: str,                 # of the setting
+    value,                     # that was given
+    kind: type,                # str, int, float, bool, or tuple of whole numbers
+    allowed: Range | tuple | None=None, # a range of numbers, or the texts that are allowed
+    optional: bool=False,      # may it be None
+    also: str='',              # what else it may be, in words
+):                             # the value, as Python's own type
+    "`ValueError` that names a setting, what it is and what is allowed"
+    if value is None and optional: return None
+    value = tuple(v) if isinstance(v := plain(value), list) else v
     right = _is_a(value, kind)
     if right and allowed: right = all(v in allowed for v in (value if kind is tuple else [value]))
     if right: return value
-    what = ' or '.join(', '.join(what).rsplit(', ', 1))
-    raise ValueError(f"{name} is {_brief(value)}; {what} was expected.")
+    raise ValueError(f"{name} is {_brief(value)}; {_wanted(kind, allowed, optional, also)} was expected.")

@@ -1,6 +1,8 @@
 """What the tests share: real data when it is there, and a small teacher trained once."""
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,60 +11,87 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 ROOT = Path(__file__).parents[1]
 
 
+def program(name, *args, **how):
+    """Run a program of this folder to its end; its exit status and what it printed."""
+    command = [sys.executable, Path(__file__).with_name(name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **how)
+
+
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow as well')
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption('--slow'):
-        for item in items:
-            if 'slow' in item.keywords: item.add_marker(pytest.mark.skip(reason='takes minutes: pytest --slow runs it'))
+    if config.getoption('--slow'): return
+    skip = pytest.mark.skip(reason='takes minutes: pytest --slow runs it')
+    for item in items:
+        if 'slow' in item.keywords: item.add_marker(skip)
 
 
 @pytest.fixture(scope='session')
 def glue():
     """The folder of real GLUE folders: LAD_NB_GLUE, or shared/data/glue beside the project."""
     folder = Path(os.environ.get('LAD_NB_GLUE') or ROOT.parent/'shared'/'data'/'glue')
-    if not (folder/'RTE').is_dir(): pytest.skip(f'no GLUE data: {folder} has no RTE; LAD_NB_GLUE names the folder that has')
+    if not (folder/'RTE').is_dir():
+        pytest.skip(f'no GLUE data: {folder} has no RTE; LAD_NB_GLUE names the folder that has')
     return folder
 
 
-FEW = dict(task='toy', max_seq_len=32, batch_size=16, total_step=4, warmup_step=1, ckpt_step=2, log_step=2, device_id=-1)
+FEW = dict(task='toy', max_seq_len=32, batch_size=16, total_step=4, warmup_step=1, ckpt_step=2, log_step=2,
+           device_id=-1)
 
 
 @pytest.fixture(scope='session')
 def experiments(tmp_path_factory):
-    """A folder of experiments with one teacher in it: a tiny BERT of random weights, fine-tuned on the toy task for four updates."""
+    """A folder of experiments with one teacher in it: a tiny BERT of random weights, fine-tuned on the toy
+    task for four updates."""
+    from lad_nb.encoders import random_bert
     from lad_nb.experiment import run
     from lad_nb.run_books import run_books
-    from lad_nb.encoders import random_bert
     root = tmp_path_factory.mktemp('experiments')
     encoder = random_bert(root/'encoder', num_attention_heads=12)
-    teacher = run_books['rte']['fine_tune'].replace(experiment='teacher', ptrain_ver=str(encoder), lr=5e-5, **FEW)
-    run(teacher, root, progress=False)
+    teacher = dict(experiment='teacher', ptrain_ver=str(encoder), lr=5e-5)
+    run(run_books['rte']['fine_tune'].replace(**teacher, **FEW), root, progress=False)
     return root
+
+
+def word_tokenizer(words):
+    """A tokenizer of BERT's kind that knows these words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    special = dict(pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]',
+                   mask_token='[MASK]')
+    vocabulary = {w: i for i, w in enumerate([*special.values(), '.', *words])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token='[UNK]'))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        '[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1', [('[CLS]', 2), ('[SEP]', 3)])
+    inputs = ['input_ids', 'token_type_ids', 'attention_mask']
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, model_input_names=inputs,
+                                   **special)
 
 
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory):
-    """The folder of a BERT of four layers, 16 wide, with random weights and the toy task's words: what tests of faults can afford to start often."""
+    """The folder of a BERT of four layers, 16 wide, with random weights and the toy task's words: what tests
+    of faults can afford to start often."""
     import torch
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertForSequenceClassification
 
     from lad_nb.tasks import tasks
     from lad_nb.toy import toy_examples
     folder = tmp_path_factory.mktemp('tiny')
-    words = sorted({w for e in toy_examples(3000) for s in (e['sentence1'], e['sentence2']) for w in s.removesuffix('.').split()})
-    special = dict(pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]', mask_token='[MASK]')
-    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate([*special.values(), '.', *words])}, unk_token='[UNK]'))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1', [('[CLS]', 2), ('[SEP]', 3)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, model_input_names=['input_ids', 'token_type_ids', 'attention_mask'], **special).save_pretrained(folder)
+    text = ' '.join(e['sentence1'] + ' ' + e['sentence2'] for e in toy_examples(3000))
+    words = sorted(set(text.replace('.', '').split()))
+    word_tokenizer(words).save_pretrained(folder)
     torch.manual_seed(0)
-    id2label = tasks['toy'].id2label
-    BertForSequenceClassification(BertConfig(vocab_size=len(words) + 6, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64, initializer_range=.3,
-                                             id2label=id2label, label2id={v: k for k, v in id2label.items()}, problem_type='single_label_classification')).save_pretrained(folder)
+    labels = tasks['toy'].id2label
+    config = BertConfig(vocab_size=len(words) + 6, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
+                        intermediate_size=32, max_position_embeddings=64, initializer_range=.3,
+                        id2label=labels, label2id={v: k for k, v in labels.items()},
+                        problem_type='single_label_classification')
+    BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 
 
@@ -70,21 +99,22 @@ def tiny(tmp_path_factory):
 def quick(tiny):
     """A LAD recipe of six updates on that model, which is teacher and encoder at once."""
     from lad_nb.recipes import Recipe
-    return Recipe('quick', task='toy', num_hidden_layers=2, teacher=str(tiny), ptrain_ver=str(tiny), train_size=160, max_seq_len=32, batch_size=16, total_step=6, warmup_step=1, ckpt_step=2, log_step=2, device_id=-1)
+    return Recipe('quick', teacher=str(tiny), ptrain_ver=str(tiny), num_hidden_layers=2, train_size=160,
+                  **FEW | dict(total_step=6))
 
 
 @pytest.fixture(autouse=True)
 def no_runs_left_behind(request):
     """After a test only the encoder, the teacher and the run that others are compared with stay."""
     yield
-    if 'experiments' in request.fixturenames:
-        for folder in request.getfixturevalue('experiments').iterdir():
-            if not folder.name.startswith(('encoder', 'teacher_', 'whole_')): shutil.rmtree(folder)
+    if 'experiments' not in request.fixturenames: return
+    for folder in request.getfixturevalue('experiments').iterdir():
+        if not folder.name.startswith(('encoder', 'teacher_', 'whole_')): shutil.rmtree(folder)
 
 
 @pytest.fixture
 def lad():
     """A LAD recipe of four updates that learns from that teacher."""
     from lad_nb.run_books import run_books
-    book = run_books['rte']
-    return book['lad'].replace(experiment='lad', num_hidden_layers=3, teacher_exp='teacher', tckpt=4, **FEW)
+    few = dict(experiment='lad', num_hidden_layers=3, teacher_exp='teacher', tckpt=4)
+    return run_books['rte']['lad'].replace(**few, **FEW)

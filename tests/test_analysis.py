@@ -1,26 +1,33 @@
-"""What the analyses promise for any input: CKA's invariances, shares that sum to one, intervals that cover what they say, refusals that say why."""
+"""What the analyses promise for any input.
+
+CKA's invariances, shares that sum to one, intervals that cover what they say, refusals that say why.
+"""
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lad_nb.similarity import CKA, layer_cka, linear_probes, loss_parts, teacher_agreement
-from lad_nb.statistics import calibrated, interval, paired_differences, seed_differences, summarise
-from lad_nb.analysis import gate_openness, gate_shares, layer_map, open_with_teacher, passes, shares_by_example, shares_by_step, shares_by_token, token_classes
+from conftest import FEW
 from lad_nb import cli
-from lad_nb.similarity import dev_losses
-from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.analysis import (forward_batches, gate_openness, gate_shares, layer_map, open_with_teacher,
+                             shares_by_example, shares_by_step, shares_by_token, token_classes)
 from lad_nb.data import load_task
 from lad_nb.evaluation import evaluate
 from lad_nb.experiment import build, open_run, run
+from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.run_books import run_books
 from lad_nb.runs import read_log
+from lad_nb.similarity import CKA, dev_losses, layer_cka, linear_probes, loss_parts, teacher_agreement
+from lad_nb.statistics import calibrated, interval, paired_differences, seed_differences, summarise
 
 
 def cka(*states, batch=None):
     found = CKA()
-    for rows in torch.arange(len(states[0])).split(batch or len(states[0])): found.add([x[rows] for x in states])
+    n = len(states[0])
+    for rows in torch.arange(n).split(batch or n): found.add([x[rows] for x in states])
     return found.value()
 
 
@@ -30,14 +37,16 @@ def slow_cka(x, y):
         k, l = a @ a.T, b @ b.T
         n, one = len(k), torch.ones(len(k), dtype=k.dtype)
         k, l = k - k.diag().diag(), l - l.diag().diag()
-        return ((k @ l).trace() + (one @ k @ one)*(one @ l @ one)/((n - 1)*(n - 2)) - 2/(n - 2)*(one @ k @ l @ one))/(n*(n - 3))
+        sums = (one @ k @ one)*(one @ l @ one)/((n - 1)*(n - 2))
+        return ((k @ l).trace() + sums - 2/(n - 2)*(one @ k @ l @ one))/(n*(n - 3))
     return hsic(x, y)/(hsic(x, x)*hsic(y, y)).sqrt()
 
 
 @pytest.mark.parametrize('n, d, seed', [(4, 3, 0), (5, 40, 1), (17, 6, 2), (64, 384, 3)])
 def test_cka_does_not_mind_rotation_scale_and_place(n, d, seed):
     torch.manual_seed(seed)
-    x, y, turn = torch.randn(n, d).double(), torch.randn(n, d).double(), torch.linalg.qr(torch.randn(d, d).double())[0]
+    x, y = torch.randn(n, d).double(), torch.randn(n, d).double()
+    turn = torch.linalg.qr(torch.randn(d, d).double())[0]
     value = cka(x, x @ turn, -.01*x, x + 100, y, 1e3*y @ turn)
     torch.testing.assert_close(value[:4, :4], torch.ones(4, 4).double())
     torch.testing.assert_close(value[0, 4], value[1, 5])
@@ -67,7 +76,8 @@ def test_cka_of_batches_nears_that_of_all_rows():
     y = x @ torch.randn(8, 12) + torch.randn(4096, 12)
     x_, y_ = x - x.mean(0), y - y.mean(0)
     plain = (x_.T @ y_).norm()**2/((x_.T @ x_).norm()*(y_.T @ y_).norm())
-    assert abs(cka(x, y, batch=64)[0, 1] - plain) < .01 and abs(cka(x, y)[0, 1] - plain) < .005
+    assert abs(cka(x, y, batch=64)[0, 1] - plain) < .01
+    assert abs(cka(x, y)[0, 1] - plain) < .005
 
 
 def test_cka_has_a_number_for_every_batch():
@@ -80,13 +90,18 @@ def test_cka_has_a_number_for_every_batch():
 
 
 def results(**methods):
-    return pd.DataFrame([dict(task=task, method=m, seed=s, metric='accuracy', value=v) for task in ('rte', 'toy') for m, values in methods.items() for s, v in values.items()])
+    """A table of results, the same for two tasks; each method is {seed: value}."""
+    found = [dict(method=m, seed=s, metric='accuracy', value=v)
+             for m, values in methods.items() for s, v in values.items()]
+    columns = ['task', 'method', 'seed', 'metric', 'value']
+    return pd.DataFrame([dict(task=task) | row for task in ('rte', 'toy') for row in found], columns=columns)
 
 
 def test_paired_differences_see_through_the_luck_of_seeds():
     """Seeds differ by 0.1 and more, the method always wins by 0.01: pairs show it, means don't."""
     luck = np.random.default_rng(0).normal(.7, .1, 5)
-    table = results(undistilled=dict(enumerate(luck)), lad=dict(enumerate(luck + [.009, .010, .011, .010, .010])))
+    better = luck + [.009, .010, .011, .010, .010]
+    table = results(undistilled=dict(enumerate(luck)), lad=dict(enumerate(better)))
     for row in paired_differences(table).to_dict('records'):
         assert row['n'] == 5 and row['mean'] == pytest.approx(.01)
         assert .009 <= row['low'] <= row['mean'] <= row['high'] <= .011 and row['t_low'] > .009
@@ -98,7 +113,7 @@ def test_only_seeds_that_both_have_are_paired():
     table = results(undistilled={1: .5, 2: .6, 3: .7}, lad={2: .65, 3: .8, 4: 0.}, kd={9: .9}, pkd={3: .75})
     found = paired_differences(table).query('task == "toy"').set_index('method')
     assert found.n.to_dict() == dict(lad=2, kd=0, pkd=1)
-    assert found.loc['lad', 'mean'] == pytest.approx(.075) and found.loc['pkd', 'mean'] == pytest.approx(.05) and np.isnan(found.loc['kd', 'mean'])
+    assert found['mean'].to_dict() == pytest.approx(dict(lad=.075, kd=np.nan, pkd=.05), nan_ok=True)
     assert found.loc[['kd', 'pkd'], ['sd', 'low', 'high', 't_low', 't_high']].isna().to_numpy().all()
     assert seed_differences(table).query('method == "kd"').difference.isna().all()
     swapped = paired_differences(table, 'lad').query('task == "toy"').set_index('method')
@@ -106,12 +121,14 @@ def test_only_seeds_that_both_have_are_paired():
 
 
 def test_intervals_cover_what_the_notebook_says():
-    """Of normal numbers: Student's t 95 %; the bootstrap of three is smallest to largest, and of five some 83 %."""
+    """Of normal numbers: Student's t 95 %; the bootstrap of three smallest to largest, of five some 83 %."""
     rng = np.random.default_rng(0)
     for n in (3, 5):
         found = pd.DataFrame([interval(rng.normal(size=n), resamples=999) for _ in range(500)])
-        t, boot = ((found[low] <= 0) & (found[high] >= 0) for low, high in (('t_low', 't_high'), ('low', 'high')))
-        assert .92 < t.mean() < .98 and (.68 if n == 3 else .78) < boot.mean() < (.82 if n == 3 else .88)
+        ends = (('t_low', 't_high'), ('low', 'high'))
+        t, boot = ((found[low] <= 0) & (found[high] >= 0) for low, high in ends)
+        assert .92 < t.mean() < .98
+        assert (.68 if n == 3 else .78) < boot.mean() < (.82 if n == 3 else .88)
     values = [.1, .5, .4]
     assert [interval(values)[k] for k in ('low', 'high')] == pytest.approx([.1, .5])
     same = interval([.5]*3)
@@ -123,11 +140,13 @@ def test_intervals_cover_what_the_notebook_says():
 def test_calibration():
     table = results(teacher={1: .9, 2: .8}, undistilled={1: .5, 2: .6}, lad={1: .7, 3: 1.})
     found = calibrated(table).query('task == "rte"')
-    assert found.groupby('method').value.mean().to_dict() == pytest.approx(dict(teacher=1, undistilled=0, lad=1))
+    means = found.groupby('method').value.mean().to_dict()
+    assert means == pytest.approx(dict(teacher=1, undistilled=0, lad=1))
     assert list(found.columns) == ['task', 'method', 'seed', 'metric', 'value']
     worse = table.assign(value=np.where((table.task == 'toy') & (table.method == 'teacher'), .1, table.value))
     with pytest.raises(ValueError, match=r'No scale for toy \(accuracy\)'): calibrated(worse)
-    with pytest.warns(UserWarning, match='No scale for toy'): assert set(calibrated(worse, unscaled='drop').task) == {'rte'}
+    with pytest.warns(UserWarning, match='No scale for toy'):
+        assert set(calibrated(worse, unscaled='drop').task) == {'rte'}
 
 
 @pytest.mark.parametrize('fault, message', [
@@ -143,7 +162,8 @@ def test_results_that_cannot_be_summarised(fault, message):
 
 def test_no_results():
     assert len(summarise(results(lad={1: .6}).iloc[:0])) == 0
-    with pytest.raises(ValueError, match='no method .undistilled. to compare with. There are: lad'): paired_differences(results(lad={1: .6}))
+    with pytest.raises(ValueError, match='no method .undistilled. to compare with. There are: lad'):
+        paired_differences(results(lad={1: .6}))
 
 
 def test_every_real_token_has_one_class():
@@ -152,91 +172,122 @@ def test_every_real_token_has_one_class():
     batch = tokenizer(texts, [''] + ['not a word']*4, padding=True, return_tensors='pt')
     classes = token_classes(batch['input_ids'], batch['attention_mask'], tokenizer)
     assert torch.equal(sum(m.long() for m in classes.values()), batch['attention_mask'])
-    words = lambda row, c: tokenizer.convert_ids_to_tokens(batch['input_ids'][row, classes[c][row]])
-    assert words(0, 'function') == ['she', 'didn', 't', 'the'] and '42' in words(0, 'content') and words(0, 'punctuation') == ["'", '(', ')', '.']
-    assert words(1, 'content') == ['word'] and words(2, 'punctuation') == ['.', '.', '.', '!'] and words(3, 'function') == ['into', 'not', 'a']
+    def words(row, c): return tokenizer.convert_ids_to_tokens(batch['input_ids'][row, classes[c][row]])
+    assert words(0, 'function') == ['she', 'didn', 't', 'the'] and '42' in words(0, 'content')
+    assert words(0, 'punctuation') == ["'", '(', ')', '.'] and words(2, 'punctuation') == ['.', '.', '.', '!']
+    assert words(1, 'content') == ['word'] and words(3, 'function') == ['into', 'not', 'a']
 
 
-@pytest.mark.parametrize('method, options', [('lad', {}), ('lad_no', {}), ('partial_lad', {}), ('bert_pkd', {}), ('alp_kd_hidden', {}),
-                                             *(pytest.param(m, {}, marks=pytest.mark.slow) for m in ('lad_cls', 'lad_reversed', 'alp_kd')),
-                                             ('lad', dict(norm='sequence', padding='max_length')), ('lad_user_defined', dict(gate_indices=(6, 4), student_indices=(3, 1)))])
+METHODS = [
+    ('lad', {}), ('lad_no', {}), ('partial_lad', {}), ('bert_pkd', {}), ('alp_kd_hidden', {}),
+    *(pytest.param(m, {}, marks=pytest.mark.slow) for m in ('lad_cls', 'lad_reversed', 'alp_kd')),
+    ('lad', dict(norm='sequence', padding='max_length')),
+    ('lad_user_defined', dict(gate_indices=(6, 4), student_indices=(3, 1)))]
+
+
+def sums(frame, by): return frame.groupby(by).share.sum() + frame.groupby(by).bias.first()
+
+
+@pytest.mark.parametrize('method, options', METHODS)
 def test_shares_sum_to_one(experiments, lad, method, options):
     """For every method, as it was made and as it was trained; batches don't matter."""
-    recipe = lad.replace(experiment=f'sums_{method}', method=method, total_step=1, ckpt_step=1, log_step=1, **options)
+    once = dict(total_step=1, ckpt_step=1, log_step=1)
+    recipe = lad.replace(experiment=f'sums_{method}', method=method, **once, **options)
     folder = run(recipe, experiments, progress=False)
-    sums = lambda frame, by: frame.groupby(by).share.sum() + frame.groupby(by).bias.first()
+    students = [1, 3] if 'gate_indices' in options else [1, 2, 3]
+    on = 'cls' if method in ('lad_cls', 'alp_kd') else 'hidden'
     weights = layer_map(folder, what='mixing', rows=10)
-    assert (sums(weights, 'student') - 1).abs().max() < 1e-5 and weights.share.between(-1e-6, 1 + 1e-6).all() and set(weights.bias) == {0.}
-    table, again = layer_map(folder, rows=10, batch_size=4), layer_map(folder, rows=10, batch_size=10)
-    assert (sums(table, 'student') - 1).abs().max() < 1e-5 and set(table.measure) == {'content share'} and set(weights.measure) == {'mixing weight'}
+    table, again = (layer_map(folder, rows=10, batch_size=size) for size in (4, 10))
+    assert (sums(weights, 'student') - 1).abs().max() < 1e-5
+    assert weights.share.between(-1e-6, 1 + 1e-6).all()
+    assert set(weights.bias) == {0.} and set(weights.measure) == {'mixing weight'}
+    assert (sums(table, 'student') - 1).abs().max() < 1e-5 and set(table.measure) == {'content share'}
     one = ~weights.share.between(1e-6, 1 - 1e-6)
-    assert np.allclose(table.share[one], weights.share[one], atol=1e-5)       # a layer that has all or nothing has it either way
+    # a layer that has all or nothing has it either way
+    assert np.allclose(table.share[one], weights.share[one], atol=1e-5)
     assert np.allclose(table.share, again.share, atol=1e-5) and np.allclose(table.sd, again.sd, atol=1e-5)
-    assert (sorted(table.student.unique()), set(table.layer), set(table.examples)) == ([1, 3] if 'gate_indices' in options else [1, 2, 3], set(range(1, 7)), {10})
-    assert table.attrs == dict(method=method, T=6, M=3, on='cls' if method in ('lad_cls', 'alp_kd') else 'hidden')
+    assert sorted(table.student.unique()) == students
+    assert (set(table.layer), set(table.examples)) == (set(range(1, 7)), {10})
+    assert table.attrs == dict(method=method, T=6, M=3, on=on)
     mapping = open_run(folder)[0].mapping
-    if not mapping.segments:
+    if mapping.segments: shares_of_gates_sum_to_one(folder, mapping.gates)
+    else:
         with pytest.raises(ValueError, match='which has no gates'): gate_openness(folder)
-        return
+
+
+def shares_of_gates_sum_to_one(folder, gates):
+    """In all four frames and all three measures."""
     for what, norm in (('content', 'projection'), ('content', 'norm'), ('mixing', 'projection')):
         for of in (shares_by_example, shares_by_token, shares_by_step, gate_shares):
             frame = of(folder, what=what, by=norm, rows=6)
             by = [c for c in ('example', 'token', 'step', 'gate') if c in frame]
-            assert (sums(frame, by) - 1).abs().max() < 1e-5 and set(frame.gate) == set(mapping.gates)
+            assert (sums(frame, by) - 1).abs().max() < 1e-5 and set(frame.gate) == set(gates)
             assert frame.measure.nunique() == 1 and ((frame.share >= 0).all() or norm == 'projection')
     assert gate_openness(folder, rows=6).openness.between(0, 1).all()
 
 
 def test_a_map_at_cls_is_that_of_cls(experiments, lad):
-    folder = run(lad.replace(experiment='at_cls', method='lad_cls', total_step=1, ckpt_step=1, log_step=1), experiments, progress=False)
+    once = dict(total_step=1, ckpt_step=1, log_step=1)
+    folder = run(lad.replace(experiment='at_cls', method='lad_cls', **once), experiments, progress=False)
     cls = shares_by_token(folder, rows=8).query('token == "[CLS]" and gate in (2, 4, 6)')
     assert np.allclose(layer_map(folder, rows=8).share, cls.share, atol=1e-6)
     assert not np.allclose(cls.share, gate_shares(folder, rows=8).query('gate in (2, 4, 6)').share, atol=1e-5)
 
 
 def test_fresh_gates_are_those_the_run_began_with(experiments, lad):
-    folder = run(lad.replace(experiment='still', gate_lr=1e-12, total_step=2, ckpt_step=2), experiments, progress=False)
+    still = lad.replace(experiment='still', gate_lr=1e-12, total_step=2, ckpt_step=2)
+    folder = run(still, experiments, progress=False)
     distiller, tokenizer, recipe = open_run(folder)
     made, _ = build(recipe, experiments)
     table = shares_by_step(folder, rows=8)
-    assert np.allclose(table[table.step == 0].share, table[table.step == 2].share, atol=1e-6)  # gates that never moved
-    for a, b in zip(made.objective.gates.parameters(), distiller.objective.gates.parameters()): torch.testing.assert_close(a, b)
+    first, last = (table[table.step == step].share for step in (0, 2))
+    assert np.allclose(first, last, atol=1e-6)  # gates that never moved
+    gates = (d.objective.gates.parameters() for d in (made, distiller))
+    for a, b in zip(*gates): torch.testing.assert_close(a, b)
 
 
 def test_gates_alone_need_no_student(experiments, lad):
     folder = run(lad.replace(experiment='short'), experiments, progress=False)
-    assert all(out.student_logits is None for _, out in passes(open_run(folder), rows=4, student=False))
-    whole = [out.aggregates.state[6] for _, out in passes(open_run(folder), rows=5, batch_size=5)]
-    alone = [out.aggregates.state[6] for _, out in passes(open_run(folder), rows=5, batch_size=5, student=False)]
+    def outputs(**how): return [out for _, out in forward_batches(open_run(folder), **how)]
+    assert all(out.student_logits is None for out in outputs(rows=4, student=False))
+    whole, alone = ([out.aggregates.state[6] for out in outputs(rows=5, batch_size=5, student=student)]
+                    for student in (True, False))
     torch.testing.assert_close(whole, alone)
     with pytest.raises(FileNotFoundError, match='There are: 2, 4'): gate_openness(folder, [3])
-    with pytest.raises(FileNotFoundError, match='no run folder'): layer_map(experiments)
-    log = read_log(folder)
-    assert [r['value'] for r in loss_parts(folder).query('part == "hard"').to_dict('records')] == [line['hard'] for line in log]
+    with pytest.raises(FileNotFoundError, match='no run folder at'): layer_map(experiments)
+    hard = loss_parts(folder).query('part == "hard"').value
+    assert hard.tolist() == [line['hard'] for line in read_log(folder)]
     (folder/'log.jsonl').write_text('')
     with pytest.raises(ValueError, match='never reached a log line'): loss_parts(folder)
 
 
 def test_the_training_split_is_that_of_the_run(experiments, lad):
-    folder = run(lad.replace(experiment='slice', train_size=20, sample_seed=3, total_step=1), experiments, progress=False)
+    recipe = lad.replace(experiment='slice', train_size=20, sample_seed=3, total_step=1)
+    folder = run(recipe, experiments, progress=False)
     tokenizer = load_tokenizer(folder)
-    seen = [tokenizer.decode(ids, skip_special_tokens=True) for batch, _ in passes(open_run(folder), split='train', rows=None, batch_size=8, student=False) for ids in batch['input_ids']]
+    def text(ids): return tokenizer.decode(ids, skip_special_tokens=True)
+    batches = forward_batches(open_run(folder), split='train', rows=None, batch_size=8, student=False)
+    seen = [text(ids) for batch, _ in batches for ids in batch['input_ids']]
     drawn = load_task('toy', 'train', size=20, sample_seed=3)
-    assert seen == [tokenizer.decode(tokenizer(a, b)['input_ids'], skip_special_tokens=True) for a, b in zip(drawn['sentence1'], drawn['sentence2'])]
+    pairs = zip(drawn['sentence1'], drawn['sentence2'])
+    assert seen == [text(tokenizer(a, b)['input_ids']) for a, b in pairs]
 
 
 def test_runs_without_a_teacher_are_held_against_one(experiments, lad):
-    folder, teacher = run(lad.replace(experiment='plain', method='undistilled', teacher_exp=None, ptrain_ver=SMALL), experiments, progress=False), experiments/'teacher_bert_toy'
+    plain = lad.replace(experiment='plain', method='undistilled', teacher_exp=None, ptrain_ver=SMALL)
+    folder, teacher = run(plain, experiments, progress=False), experiments/'teacher_bert_toy'
     assert len(layer_map(folder)) == 0 and layer_map(folder).attrs['M'] == 3
     with pytest.raises(ValueError, match='learned from no teacher'): teacher_agreement(folder)
     assert set(layer_cka(folder, teacher=teacher, rows=8, on='cls').kind_a) == {'teacher', 'student'}
     assert set(layer_cka(folder, rows=8, on='mean').kind_a) == {'student'}
     agreement = teacher_agreement(folder, teacher=teacher, rows=40)
-    assert agreement.step.tolist() == [2, 4] and agreement.same.between(0, 1).all() and (agreement.kl > 0).all()
+    assert agreement.step.tolist() == [2, 4]
+    assert agreement.same.between(0, 1).all() and (agreement.kl > 0).all()
     itself = teacher_agreement(teacher, steps=[4], teacher=teacher, rows=40).iloc[0]
     assert itself.same == 1 and itself.kl == pytest.approx(0, abs=1e-9)
     assert set(loss_parts(folder).query('weighted != 0').part) == {'loss', 'hard'}
-    with pytest.raises(ValueError, match='has a teacher of its own'): open_with_teacher(run(lad.replace(experiment='own', total_step=1), experiments, progress=False), teacher=teacher)
+    own = run(lad.replace(experiment='own', total_step=1), experiments, progress=False)
+    with pytest.raises(ValueError, match='has a teacher of its own'): open_with_teacher(own, teacher=teacher)
 
 
 def test_dev_losses_are_means_over_rows(experiments, lad, tmp_path, capsys):
@@ -269,7 +320,6 @@ def test_dev_losses_are_means_over_rows(experiments, lad, tmp_path, capsys):
 
 
 def event_files(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder))
     events.Reload()
     return events
@@ -307,29 +357,36 @@ def test_dev_losses_without_and_with_a_teacher(experiments, lad, capsys):
 
 
 def test_a_probe_reads_what_is_there_and_no_more(experiments):
-    """The teacher's own head reads its pooled [CLS]; a probe of the last layer must not be far below it, and shuffled labels leave it at chance."""
-    from lad_nb.run_books import run_books
-    from conftest import FEW
-    recipe = run_books['rte']['fine_tune'].replace(experiment='reads', ptrain_ver=SMALL, lr=5e-5, **FEW)
+    """The teacher's own head reads its pooled [CLS]; a probe of the last layer must not be far below it."""
+    book = run_books['rte']['fine_tune']
+    recipe = book.replace(experiment='reads', ptrain_ver=SMALL, lr=5e-5, **FEW)
     teacher = run(recipe, experiments, progress=False)  # random weights have nothing to read
     table = linear_probes(teacher, train_rows=300, rows=200)
     assert set(table.kind) == {'student'} and table.layer.max() == 6 and len(table) == 12
-    assert table.value.max() > .6 and table.baseline.iloc[0] == pytest.approx(.5, abs=.02)          # the mean of tokens tells some of the toy task's phenomena
-    assert table.query('layer == 6').value.max() > evaluate(teacher, 'toy', max_seq_len=32)['accuracy'] - .1
+    assert table.value.max() > .6  # the mean of tokens tells some of the toy task's phenomena
+    assert table.baseline.iloc[0] == pytest.approx(.5, abs=.02)
+    accuracy = evaluate(teacher, 'toy', max_seq_len=32)['accuracy']
+    assert table.query('layer == 6').value.max() > accuracy - .1
+
+
+def scored_pair(i):
+    """A pair of sentences and a score: 5 for the same verb twice."""
+    a, b = (('saw', 'fed', 'hit')[n % 3] for n in (i, i//3))
+    return f'{i}\ta man {a} a dog\ta man {b} a dog\t{5. if a == b else 1. + i % 3/2}\n'
 
 
 def test_probes_and_agreement_of_a_regression(tmp_path, experiments, lad):
-    from lad_nb.run_books import run_books
-    from conftest import FEW
     for split, rows in (('train', 48), ('dev', 24)):
-        lines = [f'{i}\ta man {a} a dog\ta man {b} a dog\t{5. if a == b else 1. + i % 3/2}' for i in range(rows) for a, b in [(('saw', 'fed', 'hit')[i % 3], ('saw', 'fed', 'hit')[i//3 % 3])]]
-        (tmp_path/f'{split}.tsv').write_text('index\tsentence1\tsentence2\tscore\n' + '\n'.join(lines) + '\n')
+        lines = ''.join(map(scored_pair, range(rows)))
+        (tmp_path/f'{split}.tsv').write_text('index\tsentence1\tsentence2\tscore\n' + lines)
     few = FEW | dict(task='stsb', data_dir=str(tmp_path), total_step=2)
     teacher = run_books['rte']['fine_tune'].replace(experiment='scores', ptrain_ver=SMALL, **few)
     run(teacher, experiments, progress=False)
-    folder = run(lad.replace(experiment='lad_scores', teacher_exp='scores', tckpt=2, **few), experiments, progress=False)
+    student = lad.replace(experiment='lad_scores', teacher_exp='scores', tckpt=2, **few)
+    folder = run(student, experiments, progress=False)
     table = linear_probes(folder, rows=24, train_rows=48)
     assert set(table.metric) == {'pearson'} and set(table.baseline) == {0.} and table.value.max() > .5
     agreement = teacher_agreement(folder)
-    assert list(agreement.columns) == ['step', 'mse', 'pearson', 'examples'] and (agreement.mse > 0).all() and agreement.examples.tolist() == [24]
+    assert list(agreement.columns) == ['step', 'mse', 'pearson', 'examples']
+    assert (agreement.mse > 0).all() and agreement.examples.tolist() == [24]
     assert json.loads((folder/'recipe.json').read_text())['recipe']['task'] == 'stsb'

@@ -186,11 +186,11 @@ def test_a_run_is_scored_and_predicts(experiments, lad, capsys):
 def test_faithful_or_ours(experiments, capsys):
     planned = lambda more: json.loads(lad_nb(f'{LAD} --dry_run {more}', experiments, capsys)[1])
     faithful, ours = planned(''), planned('--no-faithful')
-    found = [(p['norm'], p['data']['padding'], p['loss']['mask_padding'], p['student']['copy_embeddings'])
-             for p in (faithful, ours)]
+    names = ('norm', 'padding', 'mask_padding', 'copy_embeddings')
+    found = [tuple(p['recipe'][name] for name in names) for p in (faithful, ours)]
     assert found == [('sequence', 'max_length', False, False), ('token', 'longest', True, True)]
-    assert planned('--copy_embeddings')['student']['copy_embeddings'] and faithful['missing'] == []
-    assert planned('--hidden_mse_weight 7')['loss']['mu'] == 7
+    assert planned('--copy_embeddings')['recipe']['copy_embeddings'] and faithful['missing'] == []
+    assert planned('--hidden_mse_weight 7')['recipe']['mu'] == 7
     assert planned('--reverse_gate')['mapping']['segments'] == [[6, 5, 4, 3, 2, 1]]
     in_epochs = planned('--epoch 2 --warmup_rate .25')['schedule']['student']
     assert in_epochs == dict(warmup_step=94, total_step=375)  # rounded, of 3,000 rows
@@ -261,7 +261,6 @@ def test_a_new_field_is_a_checked_flag_with_help_and_in_the_tables(new_field):
     assert new_field['columns'] == ['patience']
 
 
-@pytest.mark.xfail(strict=True, reason='the plan still names its fields one by one')
 def test_a_new_field_is_in_the_plan(new_field):
     code, out, err = new_field['planned']
     assert code == 0 and '"patience": 5' in out, err

@@ -8,29 +8,30 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from transformers import TrainerCallback
+
 from lad_nb import cli
-from lad_nb.similarity import teacher_agreement
 from lad_nb.cache import teacher_cache
 from lad_nb.data import encode, load_task
-from lad_nb.models import load_tokenizer
-from lad_nb.tasks import open_task, tasks, write_task
 from lad_nb.durable import append_line, check_links, write_text
-from lad_nb.evaluation import costs, evaluate, score_checkpoints
-from lad_nb.recipes import Recipe
-from lad_nb.experiment import open_run, run
 from lad_nb.encoders import load_classifier, random_bert
-from lad_nb.study import Study, run_study
+from lad_nb.evaluation import costs, evaluate, score_checkpoints
+from lad_nb.experiment import open_run, run
+from lad_nb.models import load_tokenizer
+from lad_nb.recipes import Recipe
 from lad_nb.results import append_result, read_results
 from lad_nb.runs import find_checkpoint
+from lad_nb.similarity import teacher_agreement
+from lad_nb.study import Study, run_study
+from lad_nb.tasks import open_task, tasks, write_task
 
 pytestmark = pytest.mark.faults
 LABELS = ['bad', 'neither', 'good']
 
 
 def frames(rows=24):
-    table = pd.DataFrame(
-        dict(text=[f'alice walked {i}' for i in range(rows)], mood=[LABELS[i % 3] for i in range(rows)])
-    )
+    texts, labels = [f'alice walked {i}' for i in range(rows)], [LABELS[i % 3] for i in range(rows)]
+    table = pd.DataFrame(dict(text=texts, mood=labels))
     return dict(train=table, dev=table[:9], test=table[['text']][:6])
 
 
@@ -44,7 +45,7 @@ def mood(tmp_path):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-    """A classifier of that task, fine-tuned for two updates with lines left out."""
+    """A classifier of that task, fine-tuned for two updates; it was told to leave malformed lines out."""
     root = tmp_path_factory.mktemp('gifts')
     write_task('mood', root / 'data', LABELS, ['text'], 'mood', **frames())
     recipe = Recipe(
@@ -82,6 +83,16 @@ def done(finished, mood):
     return root / 't_bert_mood', outside
 
 
+def command(name, root, *flags):
+    """What `lad-nb NAME` answers about that run: its exit status."""
+    about = ['--experiment', 't', '--task', 'mood', '--root', str(root), '--device_id', '-1']
+    return cli.main([name, *about, *flags])
+
+
+def files_of(folder):
+    return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
 HARM = {
     'folder': lambda o: dict(folder=str(o / 'train')),
     'folder up': lambda o: dict(folder='../../../outside/train'),
@@ -106,29 +117,21 @@ def test_a_task_that_names_what_is_not_its_own(done, mood, capsys, harm):
     folder, outside = done
     path = mood / 'task.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | HARM[harm](outside)))
-    before = {p: p.read_bytes() for p in mood.parent.rglob('*') if p.is_file()}
+    before = files_of(mood.parent)
     tasks.pop('mood')
     with pytest.raises(ValueError, match='task.json describes no task of your own: '):
         open_task(mood)
-    assert (
-        cli.main(
-            f'generate_test_prediction --experiment t --task mood --root {mood.parent} --device_id -1'.split()
-        )
-        == 2
-    )
+    assert command('generate_test_prediction', mood.parent) == 2
     said = capsys.readouterr().err
     assert 'describes no task of your own' in said and 'Traceback' not in said
-    assert (
-        'mood' not in tasks and {p: p.read_bytes() for p in mood.parent.rglob('*') if p.is_file()} == before
-    )
+    assert 'mood' not in tasks and files_of(mood.parent) == before
 
 
 def test_a_task_of_an_old_folder_still_opens(mood):
     """What write_task wrote, and what a person may have changed in it: a metric, a spelling of the labels."""
     path = mood / 'task.json'
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | dict(metrics=['accuracy', 'f1'], written=['0', '1', '2']))
-    )
+    changes = dict(metrics=['accuracy', 'f1'], written=['0', '1', '2'])
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert open_task(mood).spelling == ('0', '1', '2')
 
 
@@ -150,7 +153,8 @@ def test_a_link_at_any_depth(done, name):
     folder, outside = done
     link = folder / name
     link.parent.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(outside if '.' not in link.name or link.name.startswith('.') else outside / 'train.tsv')
+    is_file = '.' in link.name.lstrip('.')
+    link.symlink_to(outside / 'train.tsv' if is_file else outside)
     for deed in (
         lambda: check_links(folder),
         lambda: find_checkpoint(folder),
@@ -160,33 +164,15 @@ def test_a_link_at_any_depth(done, name):
     ):
         with pytest.raises(ValueError, match='is a link that leads out of its folder'):
             deed()
-    assert (
-        cli.main(
-            [
-                'generate_test_prediction',
-                '--experiment',
-                't',
-                '--task',
-                'mood',
-                '--root',
-                str(folder.parent),
-                '--device_id',
-                '-1',
-            ]
-        )
-        == 2
-    )
-    assert [p.name for p in outside.iterdir()] == ['train.tsv'] and (
-        outside / 'train.tsv'
-    ).read_text() == 'mine'
+    assert command('generate_test_prediction', folder.parent) == 2
+    assert [p.name for p in outside.iterdir()] == ['train.tsv']
+    assert (outside / 'train.tsv').read_text() == 'mine'
 
 
 def test_links_of_the_hubs_cache_are_known(tiny, tmp_path):
     """A snapshot made of links to blobs loads, with folders in it as well."""
-    snapshot, blobs = (
-        tmp_path / 'models--a--b' / 'snapshots' / 'c0ffee',
-        tmp_path / 'models--a--b' / 'blobs',
-    )
+    model = tmp_path / 'models--a--b'
+    snapshot, blobs = model / 'snapshots' / 'c0ffee', model / 'blobs'
     (snapshot / 'onnx' / 'deep').mkdir(parents=True)
     blobs.mkdir()
     for i, file in enumerate(p for p in tiny.iterdir() if p.is_file()):
@@ -211,7 +197,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(tmp_path):
 
 @pytest.mark.parametrize('link', ['none', 'file', 'folder', 'nothing'])
 def test_what_stands_where_something_is_written_aside(tmp_path, link):
-    """A leftover, a link to a file, to a folder, to nothing: not written through, and in nobody's way."""
+    """A leftover, a link to a file, to a folder, to nothing: not written through, and replaced."""
     outside = tmp_path / 'outside'
     if link == 'file':
         outside.write_text('mine')
@@ -226,13 +212,12 @@ def test_what_stands_where_something_is_written_aside(tmp_path, link):
             name.symlink_to(outside)
     write_text(place, 'ours')
     assert place.read_text() == 'ours' and not place.is_symlink()
-    assert (
-        not outside.exists()
-        if link in ('none', 'nothing')
-        else outside.read_text() == 'mine'
-        if link == 'file'
-        else not list(outside.iterdir())
-    )
+    if link in ('none', 'nothing'):
+        assert not outside.exists()
+    if link == 'file':
+        assert outside.read_text() == 'mine'
+    if link == 'folder':
+        assert not list(outside.iterdir())
 
 
 def test_lines_are_not_appended_through_a_link(tmp_path):
@@ -248,8 +233,6 @@ def test_lines_are_not_appended_through_a_link(tmp_path):
 
 def test_links_that_appear_while_a_run_goes_on(quick, tmp_path):
     """Nobody looked for them, and still nothing is written through them."""
-    from transformers import TrainerCallback
-
     outside = tmp_path / 'outside'
     outside.mkdir()
     (outside / 'mine').write_text('mine')
@@ -262,29 +245,28 @@ def test_links_that_appear_while_a_run_goes_on(quick, tmp_path):
                     (folder / name).symlink_to(outside)
 
     folder = run(quick.replace(keep_ckpt=1), tmp_path / 'experiments', progress=False, callbacks=[Harm()])
-    assert (
-        sorted(p.name for p in outside.iterdir()) == ['mine'] and (outside / 'mine').read_text() == 'mine'
-    )
-    assert not [p for p in folder.rglob('*') if p.is_symlink()] and (folder / 'model.safetensors').is_file()
-    assert folder.joinpath('checkpoint-6').is_dir()
+    assert [p.name for p in outside.iterdir()] == ['mine'] and (outside / 'mine').read_text() == 'mine'
+    assert not [p for p in folder.rglob('*') if p.is_symlink()]
+    assert (folder / 'model.safetensors').is_file() and (folder / 'checkpoint-6').is_dir()
 
 
 def test_a_cache_writes_through_no_link(tiny, tmp_path):
     teacher, tokenizer = load_classifier(tiny, 'toy').eval(), load_tokenizer(tiny)
     data = encode(load_task('toy', size=32), tokenizer, 32)
     cache = teacher_cache(teacher, data, tokenizer, tmp_path / 'cache', progress=False)
-    files = {
-        p.name: p.read_bytes() for p in cache.folder.iterdir() if p.suffix in ('.safetensors', '.json')
-    }
-    for name in files:
-        (cache.folder / name).unlink()
-        (cache.folder / name).with_suffix('.part').symlink_to(tmp_path / f'mine {name}')
-        if name.endswith('.json'):
-            (cache.folder / name).symlink_to(tmp_path / f'mine {name}')
+
+    def kept():
+        written = (p for p in cache.folder.iterdir() if p.suffix in ('.safetensors', '.json'))
+        return {p: p.read_bytes() for p in written}
+
+    files = kept()
+    for path in files:
+        path.unlink()
+        path.with_suffix('.part').symlink_to(tmp_path / f'mine {path.name}')
+        if path.suffix == '.json':
+            path.symlink_to(tmp_path / f'mine {path.name}')
     teacher_cache(teacher, data, tokenizer, tmp_path / 'cache', progress=False)
-    assert {
-        p.name: p.read_bytes() for p in cache.folder.iterdir() if p.suffix in ('.safetensors', '.json')
-    } == files
+    assert files and kept() == files
     assert not list(tmp_path.glob('mine*'))
 
 
@@ -295,21 +277,20 @@ def test_a_leftover_of_a_killed_run_goes_with_the_next(quick, tmp_path):
     for name in ('.recipe.json.0123abcd.part', '.final'):
         (folder / name).write_text('half')
     run(quick, tmp_path, resume=True, progress=False)
-    assert (
-        (folder / 'model.safetensors').is_file()
-        and not list(folder.glob('.*.part'))
-        and not (folder / '.final').exists()
-    )
+    assert (folder / 'model.safetensors').is_file()
+    assert not list(folder.glob('.*.part')) and not (folder / '.final').exists()
 
 
 def test_a_folder_with_files_of_ones_own(tmp_path):
     """Data of one's own is not written over, unless that is said; what write_task wrote, it writes again."""
-    give = lambda **how: write_task('mood', tmp_path, LABELS, ['text'], 'mood', **frames(), **how)
+
+    def give(name='mood', **how):
+        write_task(name, tmp_path, LABELS, ['text'], 'mood', **frames(), **how)
+
     for name in ('train.tsv', 'dev.tsv', 'notes.txt'):
         (tmp_path / name).write_text('mine')
-        with pytest.raises(
-            FileExistsError, match=f'holds {name}, which write_task did not write.*overwrite=True'
-        ):
+        says = f'holds {name}, which write_task did not write.*overwrite=True'
+        with pytest.raises(FileExistsError, match=says):
             give()
         assert (tmp_path / name).read_text() == 'mine'
         (tmp_path / name).unlink()
@@ -317,7 +298,7 @@ def test_a_folder_with_files_of_ones_own(tmp_path):
         give()
         give()
         with pytest.raises(FileExistsError, match='did not write for the task other'):
-            write_task('other', tmp_path, LABELS, ['text'], 'mood', **frames())
+            give('other')
         (tmp_path / 'notes.txt').write_text('mine')
         with pytest.raises(FileExistsError, match='notes.txt'):
             give()
@@ -352,19 +333,14 @@ def test_bad_dev_lines_are_left_out_and_counted(done, mood, capsys):
     assert score_checkpoints(folder, 'mood', device_id=-1).left_out.tolist() == [2, 2]
     assert pd.read_csv(folder / 'eval-dev.csv').columns.tolist() == ['step', 'accuracy', 'left_out']
     costs(dict(t=folder), 'mood', mood, 16, rounds=1)
-    assert len(_analysis(folder)) == 2
+    assert len(agreement(folder)) == 2
     capsys.readouterr()
-    assert (
-        cli.main(
-            f'run_fine_tune_eval --experiment t --task mood --root {folder.parent} --device_id -1'.split()
-        )
-        == 0
-    )
+    assert command('run_fine_tune_eval', folder.parent) == 0
     said = capsys.readouterr()
     assert said.out.count(', 2 lines left out') == 3 and 'left out 2 lines' in said.err
 
 
-def _analysis(folder, **how):
+def agreement(folder, **how):
     return teacher_agreement(folder, teacher=str(folder), device_id=-1, **how)
 
 
@@ -373,26 +349,22 @@ def test_a_run_that_was_not_told_refuses_them_and_the_flag_is_there(done, mood, 
     folder, _ = done
     told(folder, 'raise')
     spoil(mood, 'dev')
+    says = r"dev.tsv, line 11: 1 fields; .*bad_rows='skip' \(--bad_rows skip"
     for deed in (
         lambda **how: evaluate(folder, 'mood', 'dev', mood, 16, device_id=-1, **how),
         lambda **how: score_checkpoints(folder, 'mood', device_id=-1, **how),
         lambda **how: costs(dict(t=folder), 'mood', mood, 16, rounds=1, **how),
-        lambda **how: _analysis(folder, **how),
+        lambda **how: agreement(folder, **how),
     ):
-        with pytest.raises(
-            ValueError, match=r"dev.tsv, line 11: 1 fields; .*bad_rows='skip' \(--bad_rows skip"
-        ):
+        with pytest.raises(ValueError, match=says):
             deed()
         deed(bad_rows='skip')
-    command = f'run_fine_tune_eval --experiment t --task mood --root {folder.parent} --device_id -1'
     capsys.readouterr()
-    assert cli.main(command.split()) == 2 and '--bad_rows skip' in capsys.readouterr().err
-    assert (
-        cli.main(f'{command} --bad_rows skip'.split()) == 0
-        and '2 lines left out' in capsys.readouterr().out
-    )
+    score = ('run_fine_tune_eval', folder.parent)
+    assert command(*score) == 2 and '--bad_rows skip' in capsys.readouterr().err
+    assert command(*score, '--bad_rows', 'skip') == 0 and '2 lines left out' in capsys.readouterr().out
     told(folder, 'skip')
-    assert cli.main(f'{command} --bad_rows raise'.split()) == 2
+    assert command(*score, '--bad_rows', 'raise') == 2
 
 
 @pytest.mark.parametrize('bad_rows', [[], ['--bad_rows', 'skip'], ['--bad_rows', 'raise']])
@@ -401,14 +373,12 @@ def test_a_file_of_predictions_leaves_no_line_out(done, mood, capsys, bad_rows, 
     """Every answer after it would stand at another line's number."""
     folder, _ = done
     spoil(mood, split)
-    command = f'generate_test_prediction --experiment t --task mood --root {folder.parent} --device_id -1'
-    assert cli.main([*command.split(), '--dataset', split, *bad_rows]) == 2
+    assert command('generate_test_prediction', folder.parent, '--dataset', split, *bad_rows) == 2
     said = capsys.readouterr().err
-    assert (
-        ('line 9:' in said or 'line 11:' in said)
-        if 'raise' in bad_rows
-        else 'would move all answers after it' in said
-    )
+    if 'raise' in bad_rows:
+        assert 'line 9:' in said or 'line 11:' in said
+    else:
+        assert 'would move all answers after it' in said
     assert not (folder / 'predictions').exists()
 
 
@@ -439,7 +409,6 @@ def test_a_study_counts_what_was_left_out(mood, tmp_path):
     spoil(mood, 'dev')
     said = []
     table = run_study(plain, tmp_path / 'root', tmp_path / 'results', say=said.append)
-    assert table.metric.tolist() == ['accuracy'] and [
-        l['left_out'] for l in read_results(tmp_path / 'results')
-    ] == [2, 2]
+    lines = read_results(tmp_path / 'results')
+    assert table.metric.tolist() == ['accuracy'] and [line['left_out'] for line in lines] == [2, 2]
     assert ', 2 lines left out in' in said[-1]

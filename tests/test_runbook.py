@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from lad_nb import cli
-from lad_nb.models import SMALL
+from lad_nb.models import SMALL, local_model
 from lad_nb.tasks import get_task, tasks
 from lad_nb.recipes import Evaluation, Recipe, kind_of
 from lad_nb.run_books import run_books
@@ -144,19 +144,22 @@ def test_resolves_as_written(row, tmp_path, monkeypatch, capsys):
         assert missing == dict(experiment=1) | (dict(teacher=1) if command == 'eval_dev_loss' else {})
         assert planned['splits'] == [flags['dataset']] and planned['batch_size'] == int(flags['batch_size'])
     else:
-        assert missing == ({} if command == 'run_fine_tune' else dict(teacher=1))
+        lacking = 'encoder' if command == 'run_fine_tune' else 'teacher'
+        there = lacking == 'encoder' and local_model(flags['ptrain_ver']) is not None
+        assert missing == ({} if there else {lacking: 1})
         resolved(planned, command, flags)
     assert not list(tmp_path.iterdir())
 
 
 def resolved(planned, command, flags):
     steps = dict(warmup_step=int(flags['warmup_step']), total_step=int(flags['total_step']))
-    assert planned['schedule']['student'] == steps and planned['seed'] == int(flags['seed'])
-    assert planned['optimiser']['student']['lr'] == float(flags['lr'])
-    assert ('gates' in planned['optimiser']) == ('gate_lr' in flags)
+    recipe = planned['recipe']
+    assert planned['schedule']['student'] == steps and recipe['seed'] == int(flags['seed'])
+    assert recipe['lr'] == float(flags['lr'])
+    assert ('gates' in planned['schedule']) == ('gate_lr' in flags)
     if command == 'run_fine_tune': return
     mapping, M = planned['mapping'], int(flags['num_hidden_layers'])
-    assert planned['teacher']['num_hidden_layers'] == 12 and planned['loss']['mu'] == float(flags['mu'])
+    assert mapping['T'] == 12 and recipe['mu'] == float(flags['mu'])
     lists = [flags[k].split(',') for k in ('gate_indices', 'teacher_indices') if k in flags]
     user_defined = 'user_defined' in flags.get('probing_exp', '')
     assert len(mapping['reads']) == (len(lists[0]) if user_defined else M)
@@ -165,7 +168,7 @@ def resolved(planned, command, flags):
         pairs = zip(flags['student_indices'].split(','), lists[0])
         assert mapping['reads'] == [f'{m} <- {source} {k}' for m, k in pairs]
     if 'partial' in flags['experiment']: assert mapping['reads'][-1] == '6 <- layer 12'
-    if flags.get('probing_exp') == 'lad_cls': assert (mapping['on'], planned['norm']) == ('cls', 'token')
+    if flags.get('probing_exp') == 'lad_cls': assert (mapping['on'], recipe['norm']) == ('cls', 'token')
 
 
 def test_what_the_books_ask_for_is_what_they_train():
