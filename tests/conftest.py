@@ -17,6 +17,11 @@ def program(name, *args, **how):
     return subprocess.run(command, capture_output=True, text=True, **how)
 
 
+def names_in(root):
+    """The names of everything in a folder: what a refusal must not change."""
+    return sorted(str(p.relative_to(root)) for p in root.rglob('*'))
+
+
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow as well')
 

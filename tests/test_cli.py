@@ -7,7 +7,7 @@ import sys
 
 import pandas as pd
 import pytest
-from conftest import FEW, ROOT
+from conftest import FEW, ROOT, names_in, program
 from transformers import BertConfig, BertForSequenceClassification
 
 from lad_nb import cli, quickstart
@@ -25,9 +25,6 @@ def lad_nb(line, root, capsys):
     code = cli.main([*line.split(), '--root', str(root)] if root else line.split())
     out = capsys.readouterr()
     return code, out.out, out.err
-
-
-def contents(root): return sorted(str(p.relative_to(root)) for p in root.rglob('*'))
 
 
 REFUSED = [  # what is typed after LAD's usual flags (the last of a flag wins), what the message says
@@ -78,11 +75,11 @@ REFUSED = [  # what is typed after LAD's usual flags (the last of a flag wins), 
 def test_refused(experiments, capsys, monkeypatch, flags, says):
     if 'gate_learning_rate' in flags: says = 'Did you mean --gate_'
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    before = contents(experiments)
+    before = names_in(experiments)
     code, out, err = lad_nb(f'{LAD} {flags}', experiments, capsys)
     assert code == 2 and says in err and out == '', err
     assert 'Traceback' not in err and err.strip().splitlines()[-1].count('error: ') == 1
-    assert contents(experiments) == before
+    assert names_in(experiments) == before
 
 
 NOT_COMMANDS = [
@@ -102,7 +99,7 @@ def test_commands_refused(tmp_path, capsys):
     for line, says in NOT_COMMANDS:
         code, out, err = lad_nb(line, None if line.startswith('rerun') else tmp_path, capsys)
         assert code == 2 and says in err and 'Traceback' not in err, err
-    assert not contents(tmp_path)
+    assert not names_in(tmp_path)
 
 
 def teacher_of(folder, labels, vocab_size=30522):
@@ -141,9 +138,9 @@ def test_a_folder_that_exists_and_a_device_that_does_not(experiments, capsys):
     line = LAD.replace('new', 'twice').replace('--device_id -1', '--device_id 7')
     code, out, err = lad_nb(line, experiments, capsys)
     assert code == 0 and 'warning: There is no CUDA device 7' in err, err
-    before = contents(experiments)
+    before = names_in(experiments)
     code, out, err = lad_nb(line, experiments, capsys)
-    assert code == 2 and '--resume' in err and contents(experiments) == before
+    assert code == 2 and '--resume' in err and names_in(experiments) == before
     assert lad_nb(line + ' --resume', experiments, capsys)[0] == 0
 
 
@@ -245,8 +242,7 @@ def new_field(tmp_path_factory):
     before, seed, after = recipes.read_text().partition('    seed: int = ')
     recipes.write_text(before + ONE_LINE + seed + after)
     there = os.environ | dict(PYTHONPATH=str(folder))
-    command = [sys.executable, str(ROOT/'tests'/'new_field.py')]
-    done = subprocess.run(command, cwd=folder, env=there, capture_output=True, text=True)
+    done = program('new_field.py', cwd=folder, env=there)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, program
 from make_readme import readme
 
 
@@ -44,4 +44,4 @@ def test_commands_of_the_readme_parse():
 
 
 def test_package_needs_no_nbdev():
-    assert subprocess.run([sys.executable, ROOT/'tests'/'without_nbdev.py']).returncode == 0
+    assert program('without_nbdev.py').returncode == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, names_in, program
 
 from lad_nb.benchmark import benchmark
 from lad_nb.cli import main, parse, recipe_of
@@ -44,16 +44,13 @@ TYPES = [(dict(length_groups='no'), 'True or False'), (dict(copy_embeddings='fal
          (dict(init_from='gate'), "'pretrained' or 'teacher'")]
 
 
-def contents(root): return sorted(str(p) for p in root.rglob('*'))
-
-
 @pytest.mark.parametrize('change, says', TYPES, ids=[str(c) for c, _ in TYPES])
 def test_a_wrong_type_is_refused(quick, tmp_path, change, says):
     name = next(iter(change))
     with pytest.raises(ValueError, match=f'{name} is .*{says}.* was expected'):
         run(quick.replace(**change), tmp_path, progress=False)
     with pytest.raises(ValueError, match=f'{name} is .*{says}'): recipe_from_dict(quick.to_dict() | change)
-    assert not contents(tmp_path)
+    assert not names_in(tmp_path)
 
 
 def test_what_is_meant_is_taken(quick, tiny):
@@ -100,7 +97,7 @@ SIZES = [(dict(max_seq_len=-1), 'max_seq_len is -1; a whole number from 4'),
 def test_sizes_that_cannot_work(quick, tmp_path, change, says):
     before = psutil.Process().memory_info().rss
     with pytest.raises(ValueError, match=says): run(quick.replace(**change), tmp_path, progress=False)
-    assert not contents(tmp_path) and psutil.Process().memory_info().rss < before + 2**28
+    assert not names_in(tmp_path) and psutil.Process().memory_info().rss < before + 2**28
 
 
 def test_the_bytes_that_are_named_are_those_of_the_student(tiny, quick):
@@ -149,7 +146,7 @@ TYPED = [('--lr ٣', "'٣' is not a number"), ('--lr 1_0', "'1_0' is not a numbe
 def test_flags_as_they_are_typed(tmp_path, capsys, flags, says):
     code = main(f'run_lad_distil --experiment x --task toy --root {tmp_path} {flags}'.split())
     err = capsys.readouterr().err
-    assert code == 2 and says in err and len(err.strip().splitlines()) == 1 and not contents(tmp_path)
+    assert code == 2 and says in err and len(err.strip().splitlines()) == 1 and not names_in(tmp_path)
 
 
 @pytest.mark.parametrize('line', [
@@ -227,8 +224,8 @@ def test_the_console_command_starts_lightly():
     lines = (ROOT/'settings.ini').read_text().splitlines()
     said = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
     assert said['console_scripts'] == 'lad-nb=lad_nb.__main__:main'
-    out, err = start(['tests/starts_lightly.py']).communicate(timeout=60)
-    assert (out.strip(), err) == ('[]', '')
+    done = program('starts_lightly.py', cwd=ROOT)
+    assert (done.stdout.strip(), done.stderr) == ('[]', '')
 
 
 def test_a_benchmark_that_is_interrupted_twice(tmp_path):
@@ -240,4 +237,4 @@ def test_a_benchmark_that_is_interrupted_twice(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT) and err.strip() == 'lad-nb: interrupted', err
-    assert not [p for p in tmp_path.rglob('*') if p.is_file()], contents(tmp_path)
+    assert not [p for p in tmp_path.rglob('*') if p.is_file()], names_in(tmp_path)
