@@ -20,7 +20,7 @@ from .devices import pick_device
 from .tasks import get_task
 from .data import collator, encode, load_task
 from .gates import Aggregates, gate_amounts, measure_name, to_shares
-from .mappings import Gate, Layer
+from .targets import Gate, Layer
 from .distiller import DistilOutput, Distiller, Objective
 from .encoders import load_classifier
 from .runs import checkpoints, find_checkpoint

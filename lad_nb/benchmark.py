@@ -22,7 +22,7 @@ from .tasks import get_task
 from .data import encode, find_data, load_task
 from .losses import hard_loss, hidden_loss, soft_loss
 from .models import SMALL, load_tokenizer
-from .encoders import load_classifier, make_classifier, quiet, random_bert
+from .encoders import load_classifier, make_classifier, quiet_loading, random_bert
 from .runs import versions
 from .cache import teacher_cache
 from .recipes import FAITHFUL, FAST, Recipe
@@ -41,7 +41,7 @@ shapes = dict(minilm=Shape(6, 3, 384, 32), base=Shape(12, 6, 768, 8), tiny=Shape
 def _models(shape, name, task, folder):
     "A teacher to learn from, and the encoder that students are cut from: one folder"
     if name != 'minilm': return random_bert(folder, shape.T, shape.H, shape.heads, task)
-    with quiet(): make_classifier(SMALL, task).save_pretrained(folder)
+    with quiet_loading(): make_classifier(SMALL, task).save_pretrained(folder)
     load_tokenizer(SMALL).save_pretrained(folder)
     return folder
 
@@ -159,7 +159,7 @@ def _time_trainer(recipe, mode, updates, root, sync, stack=None):
     trainer = make_trainer(_trainer_recipe(recipe, mode, updates), root, progress=False, callbacks=[clock])
     parts = _breakdown(trainer, sync, stack) if stack is not None else None
     trainer.args.save_strategy = 'no'
-    with quiet(): trainer.train()
+    with quiet_loading(): trainer.train()
     return clock.seconds[1:], parts
 
 # %% ../nbs/64_benchmark.ipynb #710c3129

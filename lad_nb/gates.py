@@ -12,17 +12,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+# %% ../nbs/20_gates.ipynb #89c242d2
+def _check_norm(norm, seq_len):
+    "`ValueError` unless a gate of this norm can be built"
+    if norm not in ('sequence', 'token'):
+        raise ValueError(f"norm is {norm!r}; it is 'sequence' or 'token'.")
+    if norm == 'sequence' and not seq_len:
+        raise ValueError("norm='sequence' needs seq_len, the one length that every batch is padded to; "
+                         "or take norm='token'.")
+
 # %% ../nbs/20_gates.ipynb #2e541299
 class GateBlock(nn.Module):
     "One gate: what of layer k to take into the aggregate of the layers before it"
     def __init__(self,
-        hidden_size: int,      # H
-        norm: str='sequence',  # LayerNorm over (S, H), as the paper's; 'token' norms over H and takes any S
-        seq_len: int=None,     # S, for norm='sequence'
+        hidden_size: int,         # H
+        norm: str='sequence',     # LayerNorm over (S, H), as the paper's; 'token' norms over H, for any S
+        seq_len: int | None=None, # S, for norm='sequence'
     ):
         super().__init__()
-        if norm not in ('sequence', 'token'): raise ValueError(f"norm is {norm!r}; it is 'sequence' or 'token'.")
-        if norm == 'sequence' and not seq_len: raise ValueError("norm='sequence' needs seq_len, the one length that every batch is padded to; or take norm='token'.")
+        _check_norm(norm, seq_len)
         self.linear = nn.Linear(hidden_size, hidden_size)
         nn.init.xavier_uniform_(self.linear.weight)
         self.norm = nn.LayerNorm((seq_len, hidden_size) if norm == 'sequence' else hidden_size, eps=1e-5)
@@ -33,8 +41,9 @@ class GateBlock(nn.Module):
     ) -> tuple:           # (B, S, H) the new aggregate, and (B, S, H) the openness z
         "`LayerNorm(z*h + (1-z)*previous)` and `z`"
         if len(self.norm.normalized_shape) == 2 and h.shape[1] != self.norm.normalized_shape[0]:
-            raise ValueError(f"This gate norms over sequences of {self.norm.normalized_shape[0]}; the batch is {h.shape[1]} long. "
-                             "Pad every batch to that length (padding='max_length'), or take norm='token'.")
+            raise ValueError(f"This gate norms over sequences of {self.norm.normalized_shape[0]}; "
+                             f"the batch is {h.shape[1]} long. Pad every batch to that length "
+                             "(padding='max_length'), or take norm='token'.")
         z = torch.sigmoid(self.linear(previous))
         return self.norm(z*h + (1 - z)*previous), z
 
@@ -49,18 +58,20 @@ class Aggregates:
 class GateChain(nn.Module):
     "Gate blocks along a teacher's layers"
     def __init__(self,
-        segments: tuple,       # of tuples of layer numbers, in the order in which they enter; see above
-        hidden_size: int,      # H of the teacher
-        norm: str='sequence',  # as in `GateBlock`
-        seq_len: int=None,     # S, for norm='sequence'
+        segments: tuple,          # of tuples of layer numbers, in the order in which they enter; see above
+        hidden_size: int,         # H of the teacher
+        norm: str='sequence',     # as in `GateBlock`
+        seq_len: int | None=None, # S, for norm='sequence'
     ):
         super().__init__()
         entering = [k for s in segments for k in s]
-        if len(set(entering)) != len(entering): raise ValueError(f"A layer enters twice: the segments are {segments}.")
+        if len(set(entering)) != len(entering):
+            raise ValueError(f"A layer enters twice: the segments are {segments}.")
         self.segments, self.norm = tuple(map(tuple, segments)), norm
-        starts = {s[0] for s in self.segments}
         self.place = {k: p for p, k in enumerate(entering, start=1)} # layer -> place in the chain
-        self.gate = nn.ModuleDict({str(p): GateBlock(hidden_size, norm, seq_len) for k, p in self.place.items() if k not in starts})
+        starts = {self.place[s[0]] for s in self.segments}
+        self.gate = nn.ModuleDict({str(p): GateBlock(hidden_size, norm, seq_len)
+                                   for p in self.place.values() if p not in starts})
 
     def forward(self,
         hidden: list,  # T tensors (B, S, H): teacher layers 1..T
@@ -70,15 +81,16 @@ class GateChain(nn.Module):
         for segment in self.segments:
             previous = None
             for k in segment:
-                if previous is None: out.state[k] = hidden[k - 1]
-                else: out.state[k], out.openness[k] = self.gate[str(self.place[k])](hidden[k - 1], previous)
+                h = hidden[k - 1]
+                if previous is None: out.state[k] = h
+                else: out.state[k], out.openness[k] = self.gate[str(self.place[k])](h, previous)
                 previous = out.state[k]
         return out
 
 # %% ../nbs/20_gates.ipynb #d8462e9a
 def widen(
     x: Tensor,  # of any floating type
-) -> Tensor:    # the same in fp32, or as it is where that or float64 is what it was
+) -> Tensor:    # the same in fp32; float64 stays float64
     "At least single precision: what shares and losses are computed in"
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -90,17 +102,18 @@ def _norm_parts(
     "The LayerNorm of a sum, part by part"
     axes = tuple(range(-len(norm.normalized_shape), 0))
     centred = {name: p - p.mean(axes, keepdim=True) for name, p in parts.items()}
-    scale = widen(norm.weight)*(sum(centred.values()).square().mean(axes, keepdim=True) + norm.eps).rsqrt()
+    variance = sum(centred.values()).square().mean(axes, keepdim=True)
+    scale = widen(norm.weight)*(variance + norm.eps).rsqrt()
     out = {name: scale*p for name, p in centred.items()}
     return out | dict(bias=out['bias'] + widen(norm.bias))
 
 # %% ../nbs/20_gates.ipynb #a09a87e5
 def aggregate_parts(
     chain: GateChain,
-    hidden: list,                # T tensors (B, S, H): teacher layers 1..T
-    aggregates: Aggregates=None, # `chain(hidden)`, if it is there already
-):                               # yields k, {1: (B, S, H), .., k: .., 'bias': ..}; the parts sum to aggregate k
-    "Every aggregate as a sum of what came from each layer and from the norms' biases, gate after gate"
+    hidden: list,                       # T tensors (B, S, H): teacher layers 1..T
+    aggregates: Aggregates | None=None, # `chain(hidden)`, if it is there already
+): # yields k, {1: (B, S, H), .., k: .., 'bias': ..}, gate after gate; the parts sum to aggregate k
+    "Every aggregate as a sum of what came from each layer and from the norms' biases"
     openness = (chain(hidden) if aggregates is None else aggregates).openness
     for segment in chain.segments:
         parts = {}
@@ -118,10 +131,12 @@ def measure_name(
     what: str='content',  # 'content' or 'mixing'
     by: str='projection', # of content: 'projection' or 'norm'
 ) -> str:                 # 'content share', 'content share by norm' or 'mixing weight'
-    "What a share is called wherever one is shown"
+    "What a share is called wherever one is shown; `ValueError` for a measure that there is not"
     if what not in ('content', 'mixing'):
-        raise ValueError(f"what is {what!r}; it is 'content' (what arrives) or 'mixing' (how the gate is set).")
-    if by not in ('projection', 'norm'): raise ValueError(f"by is {by!r}; it is 'projection' or 'norm'.")
+        raise ValueError(f"what is {what!r}; "
+                         "it is 'content' (what arrives) or 'mixing' (how the gate is set).")
+    if by not in ('projection', 'norm'):
+        raise ValueError(f"by is {by!r}; it is 'projection' or 'norm'.")
     return 'mixing weight' if what == 'mixing' else 'content share' + ' by norm'*(by == 'norm')
 
 # %% ../nbs/20_gates.ipynb #d4c52baf
@@ -129,74 +144,82 @@ def part_amounts(
     parts: list,          # n tensors (.., H) that sum to a whole
     by: str='projection', # 'projection' on the whole, or the parts' 'norm'
 ) -> Tensor:              # (.., n)
-    "How much of a whole each part is, token by token; over their sum they are shares"
-    if by not in ('projection', 'norm'): raise ValueError(f"by is {by!r}; it is 'projection' or 'norm'.")
+    "How much of a whole each part is, token by token; divided by their sum they are shares"
+    measure_name(by=by)
     if by == 'norm': return torch.stack([p.norm(dim=-1) for p in parts], -1)
     whole = sum(parts)
     return torch.stack([(p*whole).sum(-1) for p in parts], -1)
 
 # %% ../nbs/20_gates.ipynb #30b0aece
-def _mixing_amounts(chain, openness, hidden, out):
-    "The weights of the unrolled sum, averaged over H; there is no bias in it"
+def _mixing_rows(chain, hidden, aggregates):
+    "Yields k, {layer: (B, S)}: the weights of the unrolled sum, averaged over H; there is no bias in it"
     for segment in chain.segments:
         weights = {}
         for k in segment:
-            z = widen(openness[k]) if k in openness else torch.ones_like(widen(hidden[k - 1]))
+            z = aggregates.openness.get(k)
+            z = torch.ones_like(widen(hidden[k - 1])) if z is None else widen(z)
             weights = {j: (1 - z)*w for j, w in weights.items()} | {k: z}
-            out[:, :, k - 1] = 0
-            for j, w in weights.items(): out[:, :, k - 1, j - 1] = w.mean(-1)
-    return out
+            yield k, {j: w.mean(-1) for j, w in weights.items()}
+
+# %% ../nbs/20_gates.ipynb #080062e2
+def _content_rows(chain, hidden, aggregates, by):
+    "Yields k, {layer, or 'bias': (B, S)}: the amounts of the parts of every aggregate"
+    for k, parts in aggregate_parts(chain, hidden, aggregates):
+        yield k, dict(zip(parts, part_amounts([*parts.values()], by).unbind(-1)))
 
 # %% ../nbs/20_gates.ipynb #237d9fa8
 @torch.no_grad()
 def gate_amounts(
     chain: GateChain,
-    hidden: list,                # T tensors (B, S, H): teacher layers 1..T
-    what: str='content',         # 'content' or 'mixing'
-    by: str='projection',        # of content: 'projection' or 'norm'
-    aggregates: Aggregates=None, # `chain(hidden)`, if it is there already
-) -> Tensor:                     # (B, S, T, T + 1): gate, layer and last the bias; NaN for gates that are not there
+    hidden: list,                       # T tensors (B, S, H): teacher layers 1..T
+    what: str='content',                # 'content' or 'mixing'
+    by: str='projection',               # of content: 'projection' or 'norm'
+    aggregates: Aggregates | None=None, # `chain(hidden)`, if it is there already
+) -> Tensor: # (B, S, T, T + 1): gate, layer and last the bias; NaN for gates that are not there
     "What every gate takes from each layer, token by token, as amounts for `to_shares`"
     measure_name(what, by)
     aggregates = chain(hidden) if aggregates is None else aggregates
+    mixing = what == 'mixing'
+    rows = _mixing_rows(chain, hidden, aggregates) if mixing else _content_rows(chain, hidden, aggregates, by)
     B, S, T = *hidden[0].shape[:2], len(hidden)
     out = widen(hidden[0]).new_full((B, S, T, T + 1), float('nan'))
-    if what == 'mixing': return _mixing_amounts(chain, aggregates.openness, hidden, out)
-    for k, parts in aggregate_parts(chain, hidden, aggregates):
+    for k, row in rows:
         out[:, :, k - 1] = 0
-        out[:, :, k - 1, [T if j == 'bias' else j - 1 for j in parts]] = part_amounts([*parts.values()], by).to(out.dtype)
+        for j, amount in row.items(): out[:, :, k - 1, T if j == 'bias' else j - 1] = amount
     return out
 
 # %% ../nbs/20_gates.ipynb #f08b071b
 def to_shares(
-    amounts: Tensor,         # (B, S, .., n), from `gate_amounts` say
-    mask: Tensor=None,       # (B, S): 1 for tokens that count (all real ones, or a class of them); None counts all
-    per_example: bool=False, # keep the batch axis
-) -> Tensor:                 # (.., n) or (B, .., n); sums to 1. NaN where no token counts
+    amounts: Tensor,          # (B, S, .., n), from `gate_amounts` say
+    mask: Tensor | None=None, # (B, S): 1 for tokens that count (real ones, or a class of them); None: all
+    per_example: bool=False,  # keep the batch axis
+) -> Tensor:                  # (.., n) or (B, .., n); sums to 1. NaN where no token counts
     "Amounts summed over tokens, then divided by their sum"
-    if mask is not None: amounts = amounts*mask.to(amounts.dtype).view(*mask.shape, *[1]*(amounts.dim() - 2))
+    if mask is not None:
+        amounts = amounts*mask.to(amounts.dtype).view(*mask.shape, *[1]*(amounts.dim() - 2))
     summed = amounts.sum(1 if per_example else (0, 1))
     return summed/summed.sum(-1, keepdim=True)
 
 # %% ../nbs/20_gates.ipynb #b5a6b6f5
 def mixing_weights(
     chain: GateChain,
-    hidden: list,                # T tensors (B, S, H): teacher layers 1..T
-    attention_mask: Tensor=None, # (B, S): 1 for tokens that count; None counts all
-    per_example: bool=False,     # keep the batch axis
-    aggregates: Aggregates=None, # `chain(hidden)`, if it is there already
-) -> Tensor:                     # (T, T), or (B, T, T): row k is gate k, column j layer j; rows of gates that are not there are NaN
-    "How every gate is set: the weight of each layer, the LayerNorm left out, averaged over tokens and dimensions"
-    return to_shares(gate_amounts(chain, hidden, 'mixing', aggregates=aggregates), attention_mask, per_example)[..., :-1]
+    hidden: list,                       # T tensors (B, S, H): teacher layers 1..T
+    attention_mask: Tensor | None=None, # (B, S): 1 for tokens that count; None: all
+    per_example: bool=False,            # keep the batch axis
+    aggregates: Aggregates | None=None, # `chain(hidden)`, if it is there already
+) -> Tensor: # (T, T), or (B, T, T): row k is gate k, column j layer j; NaN for gates that are not there
+    "How every gate is set: the weight of each layer before the LayerNorm, averaged over tokens and H"
+    amounts = gate_amounts(chain, hidden, 'mixing', aggregates=aggregates)
+    return to_shares(amounts, attention_mask, per_example)[..., :-1]
 
 # %% ../nbs/20_gates.ipynb #645f153b
 def content_shares(
     chain: GateChain,
-    hidden: list,                # T tensors (B, S, H): teacher layers 1..T
-    attention_mask: Tensor=None, # (B, S): 1 for tokens that count; None counts all
-    by: str='projection',        # 'projection' on the aggregate, or the parts' 'norm'
-    per_example: bool=False,     # keep the batch axis
-    aggregates: Aggregates=None, # `chain(hidden)`, if it is there already
-) -> Tensor:                     # (T, T + 1), or (B, T, T + 1): gate, layer and last the norms' biases; NaN for gates that are not there
+    hidden: list,                       # T tensors (B, S, H): teacher layers 1..T
+    attention_mask: Tensor | None=None, # (B, S): 1 for tokens that count; None: all
+    by: str='projection',               # 'projection' on the aggregate, or the parts' 'norm'
+    per_example: bool=False,            # keep the batch axis
+    aggregates: Aggregates | None=None, # `chain(hidden)`, if it is there already
+) -> Tensor: # (T, T + 1), or (B, T, T + 1): gate, layer and last the norms' biases; NaN for absent gates
     "What arrives in every gate: the share of each layer, and of the norms' biases, in its aggregate"
     return to_shares(gate_amounts(chain, hidden, 'content', by, aggregates), attention_mask, per_example)

@@ -14,81 +14,118 @@ from transformers import BertConfig, BertForSequenceClassification
 from .durable import read_json
 from .tasks import get_task
 from .distiller import Objective
-from .encoders import fit_weights, sizes_of
+from .encoders import fit_weights, head_settings, sizes_of
 
-# %% ../nbs/33_interchange.ipynb #9de1d48e
-_script_labels = {'rte': ('not_entailment', 'entailment'), 'qnli': ('not_entailment', 'entailment')} # where their order is not ours
+# %% ../nbs/33_interchange.ipynb #f53e5074
+def _check_file(path):
+    "`FileNotFoundError` that says which steps there are"
+    if path.is_file(): return
+    stems = [p.stem.split('-')[-1] for p in path.parent.glob('model-*.pt')]
+    steps = sorted({int(step) for step in stems if step.isdigit()})
+    there = f"Steps there are: {', '.join(map(str, steps))}."
+    raise FileNotFoundError(f"There is no file {path}. "
+                            + (there if steps else 'A folder with model-STEP.pt files was expected.'))
 
 # %% ../nbs/33_interchange.ipynb #266307ef
 def _read(path):
     "The tensors of a .pt file, and nothing that could run"
-    if not path.is_file():
-        steps = sorted({int(p.stem.split('-')[-1]) for p in path.parent.glob('model-*.pt') if p.stem.split('-')[-1].isdigit()})
-        raise FileNotFoundError(f"There is no file {path}." + (f" Steps there are: {', '.join(map(str, steps))}." if steps else ' A folder with model-STEP.pt files was expected.'))
+    _check_file(path)
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except OSError: raise
     except Exception as e: # pickle, zip, struct, tar: a foreign file fails in any of them
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) does not load as plain tensors, "
                          f"and is not loaded as anything else: {why}") from None
-    tensors = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
-    if not tensors or not state: raise ValueError(f"{path} holds no state dict of tensors.")
+    items = state.items() if isinstance(state, dict) else ()
+    if not items or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in items):
+        raise ValueError(f"{path} holds no state dict of tensors.")
     return state
 
 # %% ../nbs/33_interchange.ipynb #1059938a
 def _said(folder):
     "The scripts' config.json: a task, and what else they wrote"
     path = Path(folder)/'config.json'
-    if not path.is_file(): raise FileNotFoundError(f"{folder} is no experiment folder of the scripts: it has no config.json.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not an experiment folder of the scripts: "
+                                "it has no config.json.")
     said = read_json(path)
     if not isinstance(said, dict) or not isinstance(said.get('task'), str):
-        raise ValueError(f"{path} names no task: it is not the scripts', who write task, dropout, num_attention_heads, ...")
+        raise ValueError(f"{path} names no task: it is not the scripts', "
+                         "who write task, dropout, num_attention_heads, ...")
     return said
+
+# %% ../nbs/33_interchange.ipynb #da05dd85
+def _sizes(shapes, path):
+    "The sizes of a whole BERT, from its weights"
+    sizes = sizes_of(shapes, path)
+    needed = ('hidden_size', 'max_position_embeddings', 'type_vocab_size', 'intermediate_size')
+    if missing := {k for k in needed if not sizes.get(k)}:
+        raise ValueError(f"The weights in {path} are not a whole BERT's: nothing in them tells "
+                         f"{', '.join(sorted(missing))}.")
+    return sizes
 
 # %% ../nbs/33_interchange.ipynb #6c40a6be
 def _config(said, task, shapes, path):
     "The settings that weights, and what the scripts say of them, amount to"
-    sizes = sizes_of(shapes, path)
-    needed = ('hidden_size', 'max_position_embeddings', 'type_vocab_size', 'intermediate_size')
-    if missing := {k for k in needed if not sizes.get(k)}:
-        raise ValueError(f"The weights in {path} are no whole BERT's: nothing in them tells {', '.join(sorted(missing))}.")
-    heads, dropout = said.get('num_attention_heads') or max(1, sizes['hidden_size']//64), said.get('dropout', .1)
-    if type(heads) is not int or heads < 1 or sizes['hidden_size'] % heads:
-        raise ValueError(f"num_attention_heads is {heads!r:.60} in config.json; a divisor of {sizes['hidden_size']} was expected.")
+    sizes = _sizes(shapes, path)
+    width, dropout = sizes['hidden_size'], said.get('dropout', .1)
+    heads = said.get('num_attention_heads') or max(1, width//64)
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise ValueError(f"num_attention_heads is {heads!r:.60} in config.json; "
+                         f"a divisor of {width} was expected.")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout!r:.60} in config.json; a number from 0 up to, but not, 1 was expected.")
-    return BertConfig(num_attention_heads=heads, hidden_dropout_prob=float(dropout), attention_probs_dropout_prob=float(dropout),
-                      num_labels=task.num_labels, id2label=task.id2label, label2id={v: k for k, v in task.id2label.items()},
-                      problem_type='regression' if task.regression else 'single_label_classification', **sizes)
+        raise ValueError(f"dropout is {dropout!r:.60} in config.json; "
+                         "a number that is at least 0 and below 1 was expected.")
+    return BertConfig(num_attention_heads=heads, **head_settings(task, float(dropout)), **sizes)
+
+# %% ../nbs/33_interchange.ipynb #49a56472
+def _our_names(state):
+    "The weights under our names; position_ids, a buffer of older versions of transformers, is left out"
+    names, renamed = {'encoder.': 'bert.', 'linear_layer.': 'classifier.'}, {}
+    for key, weight in state.items():
+        old = next((old for old in names if key.startswith(old)), '')
+        if not key.endswith('position_ids'): renamed[names.get(old, '') + key.removeprefix(old)] = weight
+    return renamed
+
+# %% ../nbs/33_interchange.ipynb #9de1d48e
+# where their order is not ours
+_script_labels = dict.fromkeys(('rte', 'qnli'), ('not_entailment', 'entailment'))
+
+# %% ../nbs/33_interchange.ipynb #82da797a
+def _our_labels(state, task):
+    "The head with its rows in our order of labels"
+    head = {k: state[k] for k in ('classifier.weight', 'classifier.bias')}
+    if task.name in _script_labels and all(v.shape[:1] == (task.num_labels,) for v in head.values()):
+        order = [_script_labels[task.name].index(label) for label in task.labels]
+        head = {k: v[order] for k, v in head.items()}
+    return state | head
 
 # %% ../nbs/33_interchange.ipynb #2e4f39c2
 def load_script_model(
-    folder: str, # an experiment folder of the scripts
-    step: int,   # of model-STEP.pt
+    folder: str | Path, # an experiment folder of the scripts
+    step: int,          # of model-STEP.pt
 ) -> BertForSequenceClassification: # with this package's order of labels
     "A teacher or student of the paper's scripts"
     said, path = _said(folder), Path(folder)/f'model-{step}.pt'
-    task, theirs = get_task(said['task']), _read(path)
-    names = {'encoder.': 'bert.', 'linear_layer.': 'classifier.'}
-    state = {next((new + k.removeprefix(old) for old, new in names.items() if k.startswith(old)), k): v for k, v in theirs.items() if not k.endswith('position_ids')}
+    task, state = get_task(said['task']), _our_names(_read(path))
     for key in ('classifier.weight', 'classifier.bias'):
-        if key not in state: raise ValueError(f"{path} does not fit: {key} is missing. A state dict of the scripts' BERT was expected.")
+        if key not in state:
+            raise ValueError(f"{path} does not fit: {key} is missing. "
+                             "A state dict of the scripts' BERT was expected.")
     config = _config(said, task, {k: tuple(v.shape) for k, v in state.items()}, path)
-    if task.name in _script_labels and all(state[k].shape[:1] == (task.num_labels,) for k in ('classifier.weight', 'classifier.bias')):
-        order = [_script_labels[task.name].index(label) for label in task.labels]
-        state |= {k: state[k][order] for k in ('classifier.weight', 'classifier.bias')}
     model = BertForSequenceClassification(config)
-    fit_weights(model, state, path)
+    fit_weights(model, _our_labels(state, task), path)
     return model.eval()
 
 # %% ../nbs/33_interchange.ipynb #3e83ea01
 def load_script_gates(
     objective: Objective, # whose gates to fill, in place: one chain over all layers, norm='sequence'
-    folder: str,          # an experiment folder of the scripts
+    folder: str | Path,   # an experiment folder of the scripts
     step: int,            # of gate-I-STEP.pt
 ):
     "The gates of the paper's scripts"
-    if objective.gates is None: raise ValueError(f"{objective.mapping.name} has no gates to fill.")
+    if objective.gates is None:
+        raise ValueError(f"{objective.mapping.name} has no gates to fill.")
     for place, gate in objective.gates.gate.items():
         path = Path(folder)/f'gate-{int(place) - 1}-{step}.pt'
         fit_weights(gate, {k.replace('layernorm.', 'norm.'): v for k, v in _read(path).items()}, path)

@@ -26,7 +26,7 @@ from .values import BETA, COUNT, DECAY, EPS, FROZEN, LENGTH, NORM, RATE, SEED, S
 from .data import collator
 from .distiller import DistilOutput, Distiller, Objective
 from .models import check_model
-from .encoders import fit_weights, quiet
+from .encoders import fit_weights, quiet_loading
 from .runs import check_new, check_same, checkpoints, read_log, sound_checkpoint, versions
 from .cache import TeacherCache
 from .health import BELOW_ZERO, blame, check_finite, check_labelled, check_teacher
@@ -252,7 +252,7 @@ class DistilTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if not self.args.should_save: return
         folder.mkdir(parents=True, exist_ok=True)
-        with quiet(): self.model.student.save_pretrained(folder)
+        with quiet_loading(): self.model.student.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         save_gates(self.model.objective, folder)
 

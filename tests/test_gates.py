@@ -1,4 +1,4 @@
-"""What a gate takes from each layer: parts that sum to the aggregate, shares that sum to 1, for every chain and norm."""
+"""What a gate takes from each layer, for every chain and norm: parts sum to the aggregate, shares to 1."""
 import os
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.data import load_task
 from lad_nb.distiller import Distiller
-from lad_nb.gates import GateChain, aggregate_parts, content_shares, gate_amounts, mixing_weights, to_shares
-from lad_nb.mappings import make_mapping
 from lad_nb.encoders import load_encoder
+from lad_nb.gates import (GateChain, aggregate_parts, content_shares, gate_amounts, mixing_weights, to_shares)
+from lad_nb.mappings import make_mapping
+from lad_nb.models import SMALL, load_tokenizer
 
 T, B, S, H = 6, 3, 5, 8
 CHAINS = dict(one=((1, 2, 3, 4, 5, 6),), reversed=((6, 5, 4, 3, 2, 1),), no_overlap=((1, 2), (3, 4), (5, 6)),
@@ -53,8 +53,8 @@ def test_shares(segments, norm):
     """Rows sum to 1, see their own segment only, and are the sums over tokens before the division."""
     chain, hidden, there = chain_of(segments, norm), layers(), [k for s in segments for k in s]
     mask = torch.tensor([[1., 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
-    shares, sizes, weights = (content_shares(chain, hidden, mask), content_shares(chain, hidden, mask, by='norm'),
-                              mixing_weights(chain, hidden, mask))
+    shares, weights = content_shares(chain, hidden, mask), mixing_weights(chain, hidden, mask)
+    sizes = content_shares(chain, hidden, mask, by='norm')
     absent = [k - 1 for k in range(1, T + 1) if k not in there]
     for found in (shares, sizes, weights):
         assert found[absent].isnan().all()
@@ -81,7 +81,8 @@ def test_examples_and_classes_of_tokens_add_up(what):
     first[:2, 0] = 1
     rest = 1 - first
     total = lambda mask: (amounts*mask[..., None, None]).sum((0, 1, 3))
-    joint = (to_shares(amounts, first)*total(first)[:, None] + to_shares(amounts, rest)*total(rest)[:, None])/total(first + rest)[:, None]
+    weighted = sum(to_shares(amounts, mask)*total(mask)[:, None] for mask in (first, rest))
+    joint = weighted/total(first + rest)[:, None]
     assert torch.allclose(joint, to_shares(amounts), atol=1e-12)
     per = to_shares(amounts, first, per_example=True)
     assert per[2].isnan().all() and torch.allclose(per[0], to_shares(amounts[:1, :1]), atol=1e-12)
@@ -93,8 +94,10 @@ def test_padding():
     for norm, same in (('token', True), ('sequence', False)):
         chain = chain_of(CHAINS['one'], norm)
         moved = [torch.cat([h[:, :3], 7*h[:, 3:] + 1], 1) for h in short]
-        assert torch.allclose(content_shares(chain, short, mask), content_shares(chain, moved, mask), atol=1e-12) == same
-        assert torch.allclose(mixing_weights(chain, short, mask)[1], mixing_weights(chain, moved, mask)[1], atol=1e-12)
+        shares = [content_shares(chain, h, mask) for h in (short, moved)]
+        weights = [mixing_weights(chain, h, mask) for h in (short, moved)]
+        assert torch.allclose(*shares, atol=1e-12) == same
+        assert torch.allclose(weights[0][1], weights[1][1], atol=1e-12)
 
 
 def test_a_negative_share():
@@ -121,13 +124,15 @@ def test_in_half_precision_shares_are_single_precision():
 
 def bert(num_layers):
     torch.manual_seed(num_layers)
-    return BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=H, num_hidden_layers=num_layers, num_attention_heads=2,
-                                                    intermediate_size=16, max_position_embeddings=S)).double()
+    config = BertConfig(vocab_size=50, hidden_size=H, num_hidden_layers=num_layers, num_attention_heads=2,
+                        intermediate_size=16, max_position_embeddings=S)
+    return BertForSequenceClassification(config).double()
 
 
-@pytest.mark.parametrize('method', ['alp_kd', 'alp_kd_hidden', 'alp_kd_hidden_v2', 'layer_mean', 'bert_pkd', 'lad_no', 'partial_lad'])
+@pytest.mark.parametrize('method', ['alp_kd', 'alp_kd_hidden', 'alp_kd_hidden_v2', 'layer_mean', 'bert_pkd',
+                                    'lad_no', 'partial_lad'])
 def test_what_targets_are_made_of(method):
-    """For an attention, weight times layer; a student layer's shares sum to 1, and a target of one layer is that layer."""
+    """For an attention, weight times layer; shares sum to 1, and a target of one layer is that layer."""
     distiller = Distiller(bert(3), bert(T), make_mapping(method, T, 3), norm='token').double()
     ids = torch.randint(50, (B, S), generator=torch.Generator().manual_seed(0))
     out = distiller(ids, torch.ones_like(ids), labels=torch.zeros(B, dtype=torch.long), output_states=True)
@@ -144,17 +149,20 @@ def test_what_targets_are_made_of(method):
                 assert share[:T].tolist() == pytest.approx(by_hand, abs=1e-10) and share[T] == 0
 
 
-@pytest.mark.parametrize('task, content', [('toy', [.10, .10, .11, .20, .24, .25, 0]), ('sst2', [.10, .11, .13, .21, .27, .18, 0])])
+@pytest.mark.parametrize('task, content', [('toy', [.10, .10, .11, .20, .24, .25, 0]),
+                                           ('sst2', [.10, .11, .13, .21, .27, .18, 0])])
 def test_fresh_gates_over_the_pretrained_encoder(task, content):
     """Mixing weights halve with every layer down; what arrives does not, for the last layer is small."""
     folder = Path(os.environ.get('LAD_NB_GLUE', 'nowhere'))/'SST-2'
     if task == 'sst2' and not folder.is_dir(): pytest.skip('LAD_NB_GLUE names no folder with SST-2 in it')
     encoder, tokenizer = load_encoder(SMALL).eval(), load_tokenizer(SMALL)
     rows = load_task(task, 'dev', str(folder) if task == 'sst2' else None).select(range(64))
-    texts = [list(rows[c]) for c in ('sentence1', 'sentence2') if c in rows.column_names and (c, task) != ('sentence2', 'sst2')]
+    columns = ('sentence1', 'sentence2') if task == 'toy' else ('sentence1',)
+    texts = [list(rows[c]) for c in columns]
     batch = tokenizer(*texts, padding=True, return_tensors='pt')
     with torch.no_grad(): hidden = encoder(**batch, output_hidden_states=True).hidden_states[1:]
     torch.manual_seed(42)
     chain, real = GateChain((range(1, T + 1),), 384, 'token'), batch['attention_mask']
-    assert mixing_weights(chain, hidden, real)[5].tolist() == pytest.approx([.03, .03, .06, .12, .25, .51], abs=.02)
+    weights = mixing_weights(chain, hidden, real)[5].tolist()
+    assert weights == pytest.approx([.03, .03, .06, .12, .25, .51], abs=.02)
     assert content_shares(chain, hidden, real)[5].tolist() == pytest.approx(content, abs=.01)

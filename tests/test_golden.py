@@ -3,7 +3,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 
 from lad_nb.distiller import Objective
@@ -11,7 +10,7 @@ from lad_nb.gates import content_shares, mixing_weights
 from lad_nb.mappings import make_mapping
 
 FOLDER = Path(os.environ.get('LAD_NB_GOLDEN') or Path(__file__).parents[2]/'shared'/'golden')
-FILES = sorted(f for f in FOLDER.glob('*.safetensors') if not f.name.startswith('traj_')) # those are test_trajectories.py's
+FILES = sorted(set(FOLDER.glob('*.safetensors')) - set(FOLDER.glob('traj_*'))) # for test_trajectories.py
 RELATIVE = 1e-9
 
 # how each method of the reference is said here; T, M: teacher and student layers
@@ -21,7 +20,8 @@ METHODS = dict(
     lad_no=lambda T, M: make_mapping('lad_no', T, M),
     lad_no_bucket=lambda T, M: make_mapping('lad_no_bucket', T, M),
     lad_reversed=lambda T, M: make_mapping('lad_reversed', T, M),
-    lad_user_defined=lambda T, M: make_mapping('lad_user_defined', T, M, gate_indices=[T, 2], student_indices=[M, 1]),
+    lad_user_defined=lambda T, M: make_mapping('lad_user_defined', T, M, gate_indices=[T, 2],
+                                               student_indices=[M, 1]),
     partial_lad_1=lambda T, M: make_mapping('partial_lad', T, M, gate_indices=[T//M]),
     bert_pkd=lambda T, M: make_mapping('bert_pkd', T, M),
     kd=lambda T, M: make_mapping('kd', T, M),
@@ -31,12 +31,14 @@ METHODS = dict(
 )
 
 if not FILES:
-    pytest.skip(f'no reference numbers: {FOLDER} holds no .safetensors files; LAD_NB_GOLDEN names another folder', allow_module_level=True)
+    pytest.skip(f'no reference numbers: {FOLDER} holds no .safetensors files; '
+                'LAD_NB_GOLDEN names another folder', allow_module_level=True)
 
 
 def close(ours, reference, what):
     """Relative to the largest entry of the tensor: single entries may be zero."""
-    assert ours.shape == reference.shape, f'{what}: shape {tuple(ours.shape)}, reference {tuple(reference.shape)}'
+    shapes = tuple(ours.shape), tuple(reference.shape)
+    assert shapes[0] == shapes[1], f'{what}: shape {shapes[0]}, reference {shapes[1]}'
     error = (ours - reference).abs().max()/reference.abs().max().clamp(min=1e-30)
     assert error <= RELATIVE, f'{what}: relative error {error:.1e}'
 
@@ -47,19 +49,21 @@ def golden(request):
         return {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
 
 
-def number(method, layer, place): return place if method == 'lad_reversed' else layer # how the reference counts gates
+def number(method, layer, place):
+    """How the reference counts gates."""
+    return place if method == 'lad_reversed' else layer
 
 
 def run(golden, method):
-    """One forward and backward pass on the reference's states; the tensors that got gradients, and the output."""
+    """One forward and backward pass on the reference's states: what got gradients, and the output."""
     ref, meta = golden
     T, M, H, S = (int(meta[k]) for k in 'TMHS')
     student = [ref[f'student_hidden.{m}'].clone().requires_grad_() for m in range(1, M + 1)]
     logits = ref['student_logits'].clone().requires_grad_()
-    objective = Objective(METHODS[method](T, M), H, norm='sequence', seq_len=S, soft_weight=float(meta['soft_weight']),
-                          hard_weight=float(meta['hard_weight']), softmax_temp=float(meta['softmax_temp']), mu=float(meta['mu'])).double()
-    blocks = {} if objective.gates is None else {number(method, k, p): objective.gates.gate[str(p)]
-                                                 for k, p in objective.gates.place.items() if str(p) in objective.gates.gate}
+    weights = {k: float(meta[k]) for k in ('soft_weight', 'hard_weight', 'softmax_temp', 'mu')}
+    objective = Objective(METHODS[method](T, M), H, norm='sequence', seq_len=S, **weights).double()
+    place, learned = {} if objective.gates is None else objective.gates.place, objective.blocks()
+    blocks = {number(method, k, p): learned[f'gate {k}'] for k, p in place.items() if f'gate {k}' in learned}
     for k, gate in blocks.items(): gate.load_state_dict({n: ref[f'gate.{k}.{n}'] for n in gate.state_dict()})
     teacher = [ref[f'teacher_hidden.{k}'] for k in range(1, T + 1)]
     out = objective(student, logits, teacher, ref['teacher_logits'], ref['labels'], output_states=True)
@@ -76,18 +80,20 @@ def test_golden(golden, method):
     M, mu = int(meta['M']), float(meta['mu'])
 
     close(out.loss.detach(), mine['loss'], 'loss')
-    close((objective.hard_weight*out.hard + objective.soft_weight*out.soft).detach(), mine['logit_loss'], 'logit loss')
+    logit_loss = objective.hard_weight*out.hard + objective.soft_weight*out.soft
+    close(logit_loss.detach(), mine['logit_loss'], 'logit loss')
     pairs = {p.student: i for i, p in enumerate(objective.mapping.pairs)}
     assert {int(k.split('.')[1]) for k in mine if k.startswith('target.')} == set(pairs)
     for m, i in pairs.items():
         target = out.targets[i][:, 0] if objective.mapping.on == 'cls' else out.targets[i]
         close(target.detach(), mine[f'target.{m}'], f'target {m}')
         close((mu/M*out.hidden[i]).detach(), mine[f'hidden_loss.{m}'], f'hidden loss {m}')
-        if f'attention.{m}' in mine: close(out.attention[m].detach(), mine[f'attention.{m}'], f'attention {m}')
+        if f'attention.{m}' in mine:
+            close(out.attention[m].detach(), mine[f'attention.{m}'], f'attention {m}')
 
-    ours = {'student_logits': logits.grad, **{f'student_hidden.{m}': h.grad for m, h in enumerate(student, start=1)},
-            **{f'gate.{p}.{n}': w.grad for p, g in blocks.items() for n, w in g.named_parameters()}}
-    ours = {k: g for k, g in ours.items() if g is not None}
+    ours = {f'student_hidden.{m}': h.grad for m, h in enumerate(student, start=1)}
+    for p, gate in blocks.items(): ours |= {f'gate.{p}.{n}': w.grad for n, w in gate.named_parameters()}
+    ours = {k: g for k, g in ours.items() if g is not None} | {'student_logits': logits.grad}
     theirs = {k.removeprefix('grad.'): v for k, v in mine.items() if k.startswith('grad.')}
     for k in ours.keys() | theirs.keys():   # one that is absent is zero
         if k not in theirs: assert ours[k].abs().max() == 0, f'gradient of {k} should be zero'
@@ -95,8 +101,8 @@ def test_golden(golden, method):
 
 
 def test_reference_has_no_other_method(golden):
-    methods = {k.split('.')[0] for k in golden[0]} - {'teacher_hidden', 'student_hidden', 'teacher_logits', 'student_logits', 'labels', 'gate'}
-    assert methods == set(METHODS)
+    given = {'teacher_hidden', 'student_hidden', 'teacher_logits', 'student_logits', 'labels', 'gate'}
+    assert {k.split('.')[0] for k in golden[0]} - given == set(METHODS)
 
 
 def test_what_gates_take(golden):

@@ -1,4 +1,4 @@
-"""What is loaded is whole, of one model and what was written; anything else is refused by name, wherever it comes in."""
+"""What is loaded is whole, of one model and what was written; anything else is refused by name."""
 import hashlib
 import json
 import os
@@ -15,20 +15,28 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lad_nb import cli
-from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.cache import TeacherCache
 from lad_nb.data import encode, load_task
-from lad_nb.toy import toy_examples
-from lad_nb.tasks import write_task
-from lad_nb.evaluation import best_checkpoint, evaluate, predict, score_checkpoints, write_predictions
-from lad_nb.interchange import load_script_model
-from lad_nb.experiment import open_run, plan, run
 from lad_nb.encoders import load_classifier, load_encoder, make_classifier
-from lad_nb.students import make_student
+from lad_nb.evaluation import best_checkpoint, evaluate, predict, score_checkpoints, write_predictions
+from lad_nb.experiment import open_run, plan, run
+from lad_nb.interchange import load_script_model
+from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.runs import checkpoints, find_checkpoint
+from lad_nb.students import make_student
+from lad_nb.tasks import write_task
+from lad_nb.toy import toy_examples
+from lad_nb.training import load_gates
 
 pytestmark = pytest.mark.faults
 CHECKSUMS = 'checksums.json'
 ON = dict(max_seq_len=32, device_id=-1)
+TUNE = dict(method='fine_tune', teacher=None)
+SCORE = 'run_fine_tune_eval --experiment quick --task toy --device_id -1'
+PREDICT = 'generate_test_prediction --experiment quick --task toy --ckpt 4 --dataset dev --device_id -1'
+SPECIAL = dict(tokenizer_class='PreTrainedTokenizerFast', pad_token='[PAD]', unk_token='[UNK]',
+               cls_token='[CLS]', sep_token='[SEP]', mask_token='[MASK]')
+EMPTY = 'has no tokenizer, or an empty one: every word would be unknown'
 
 
 @pytest.fixture
@@ -75,6 +83,27 @@ def without(part): return lambda state: {k: v for k, v in state.items() if part 
 def renamed(old, new): return lambda state: {k.replace(old, new): v for k, v in state.items()}
 
 
+def changed(end, how):
+    """What is done to the weights whose names end so."""
+    return lambda state: {k: how(v) if k.endswith(end) else v for k, v in state.items()}
+
+
+def frame_of(rows, labels):
+    texts = {c: [e[c] for e in rows] for c in ('sentence1', 'sentence2')}
+    return pd.DataFrame(texts | dict(label=labels))
+
+
+# ways to use a model folder
+
+def fresh_head(folder): return make_classifier(folder, 'toy')
+
+
+def score(folder): return evaluate(folder, 'toy', **ON)
+
+
+def run_with(recipe, root, **changes): return run(recipe.replace(**changes), root, progress=False)
+
+
 def same_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -84,29 +113,35 @@ def command(line, root, capsys):
     """Exit code, stdout, stderr; a refusal is one line and no traceback."""
     code = cli.main([*line.split(), '--root', str(root)])
     out, err = capsys.readouterr()
-    if code: assert code == 2 and 'Traceback' not in err and err.count('error: ') == 1 and err.strip().count('\n') == err.count('warning: '), err
+    if code:
+        assert code == 2 and 'Traceback' not in err and err.count('error: ') == 1
+        assert err.strip().count('\n') == err.count('warning: '), err
     return code, out, err
 
 
 MISFITS = dict(
     middle_layer=(without('layer.1.'), 'no encoder.layer.1, though encoder.layer.3 is there'),
     last_layer=(without('layer.3.'), 'num_hidden_layers is 4, the weights have 3'),
-    one_tensor=(without('layer.2.attention.self.query.weight'), 'encoder.layer.2.attention.self.query.weight is missing'),
+    one_tensor=(without('layer.2.attention.self.query.weight'),
+                'encoder.layer.2.attention.self.query.weight is missing'),
     renamed_norms=(renamed('LayerNorm', 'layer_norm'), 'embeddings.LayerNorm.bias is missing'),
     no_tensors=(lambda state: {}, 'there are no tensors'),
     foreign=(renamed('bert.', 'other.'), 'is missing'),
-    narrow=(lambda state: {k: v[:, :8] if k.endswith('0.output.dense.weight') else v for k, v in state.items()}, r'is \(16, 8\), \(16, 32\) was expected'),
-    stranger=(lambda state: state | {'bert.encoder.layer.0.gate.weight': torch.zeros(2)}, 'encoder.layer.0.gate.weight is not of this model'))
+    narrow=(changed('0.output.dense.weight', lambda v: v[:, :8]), r'is \(16, 8\), \(16, 32\) was expected'),
+    stranger=(lambda state: state | {'bert.encoder.layer.0.gate.weight': torch.zeros(2)},
+              'encoder.layer.0.gate.weight is not of this model'))
 
 
 @pytest.mark.parametrize('harm', MISFITS)
 def test_weights_that_do_not_fit(model, quick, tmp_path, harm):
-    """Every way in: classifier, encoder, fresh head, scores, predictions, a teacher, an encoder to cut from, one to fine-tune."""
+    """Every way in: loaded, scored, asked for predictions, as a teacher, cut from, fine-tuned."""
     how, says = MISFITS[harm]
     change(model, how)
-    ways = [load_classifier, load_encoder, lambda f: make_classifier(f, 'toy'), lambda f: evaluate(f, 'toy', **ON), lambda f: write_predictions(f, 'toy', tmp_path/'out', **ON),
-            lambda f: run(quick.replace(teacher=str(f)), tmp_path, progress=False), lambda f: run(quick.replace(ptrain_ver=str(f)), tmp_path, progress=False),
-            lambda f: run(quick.replace(method='fine_tune', teacher=None, ptrain_ver=str(f)), tmp_path, progress=False)]
+    ways = [load_classifier, load_encoder, fresh_head, score,
+            lambda f: write_predictions(f, 'toy', tmp_path/'out', **ON),
+            lambda f: run_with(quick, tmp_path, teacher=str(f)),
+            lambda f: run_with(quick, tmp_path, ptrain_ver=str(f)),
+            lambda f: run_with(quick, tmp_path, ptrain_ver=str(f), **TUNE)]
     for way in ways:
         with pytest.raises(ValueError, match=says) as e: way(model)
         assert str(model) in str(e.value) and '\n' not in str(e.value)
@@ -115,22 +150,24 @@ def test_weights_that_do_not_fit(model, quick, tmp_path, harm):
 
 def test_a_head_that_is_missing(model, quick, tmp_path):
     change(model, without('classifier'))
-    for way in (load_classifier, lambda f: evaluate(f, 'toy', **ON), lambda f: run(quick.replace(teacher=str(f)), tmp_path, progress=False)):
-        with pytest.raises(ValueError, match='classifier.bias is missing; classifier.weight is missing.*without a head: make_classifier'): way(model)
+    says = 'classifier.bias is missing; classifier.weight is missing.*without a head: make_classifier'
+    for way in (load_classifier, score, lambda f: run_with(quick, tmp_path, teacher=str(f))):
+        with pytest.raises(ValueError, match=says): way(model)
     assert make_classifier(model, 'toy').classifier.weight.shape == (2, 16)
 
 
 @pytest.mark.parametrize('layers', [2, 3, 5, 40])
 def test_other_layer_counts_in_the_config(model, layers):
     settings(model, num_hidden_layers=layers)
-    for way in (load_classifier, load_encoder, lambda f: make_classifier(f, 'toy')):
-        with pytest.raises(ValueError, match=f'num_hidden_layers {layers}|num_hidden_layers is {layers}, the weights have 4'): way(model)
+    says = f'num_hidden_layers {layers}|num_hidden_layers is {layers}, the weights have 4'
+    for way in (load_classifier, load_encoder, fresh_head):
+        with pytest.raises(ValueError, match=says): way(model)
 
 
 def test_a_checkpoint_without_a_layer(done, capsys):
     """Scores, predictions and the run that is opened; as a person asks for them."""
     change(done/'checkpoint-4', without('layer.1.'))
-    for line in ('run_fine_tune_eval --experiment quick --task toy --device_id -1', 'generate_test_prediction --experiment quick --task toy --ckpt 4 --dataset dev --device_id -1'):
+    for line in (SCORE, PREDICT):
         code, _, err = command(line, done.parent, capsys)
         assert code == 2 and 'checkpoint-4' in err and 'num_hidden_layers is 2, the weights have 1' in err
     assert not (done/'predictions').exists() and not (done/'eval-dev.csv').exists()
@@ -141,15 +178,18 @@ def test_resumed_from_a_checkpoint_that_does_not_fit(quick, done):
     """Its checksums are right, its weights are not the student's."""
     for name in ('model.safetensors', 'gates.safetensors'):
         folder = shutil.copytree(done, done.parent/f'{name[:5]}_bert_toy')
-        (folder/'recipe.json').write_text((folder/'recipe.json').read_text().replace('"quick"', f'"{name[:5]}"'))
+        recipe = folder/'recipe.json'
+        recipe.write_text(recipe.read_text().replace('"quick"', f'"{name[:5]}"'))
         shutil.rmtree(folder/'checkpoint-6')
         path = folder/'checkpoint-4'/name
         state = load_file(path)
         gone = sorted(state)[0]
         save_file({k: v for k, v in state.items() if k != gone}, path, metadata={'format': 'pt'})
-        sums = json.loads((folder/'checkpoint-4'/CHECKSUMS).read_text()) | {name: hashlib.sha256(path.read_bytes()).hexdigest()}
+        sums = json.loads((folder/'checkpoint-4'/CHECKSUMS).read_text())
+        sums |= {name: hashlib.sha256(path.read_bytes()).hexdigest()}
         (folder/'checkpoint-4'/CHECKSUMS).write_text(json.dumps(sums))
-        with pytest.raises(ValueError, match=f'checkpoint-4/{name} does not fit: {gone} is missing'): run(quick.replace(experiment=name[:5]), done.parent, resume=True, progress=False)
+        with pytest.raises(ValueError, match=f'checkpoint-4/{name} does not fit: {gone} is missing'):
+            run(quick.replace(experiment=name[:5]), done.parent, resume=True, progress=False)
 
 
 # what must load, and answer as before
@@ -157,7 +197,8 @@ def test_resumed_from_a_checkpoint_that_does_not_fit(quick, done):
 def test_names_of_older_files(model):
     """gamma and beta, position_ids: transformers knows them."""
     whole = load_classifier(model)
-    whole.load_state_dict({k: v.clone() for k, v in whole.state_dict().items()}, assign=True) # its file will change
+    kept = {k: v.clone() for k, v in whole.state_dict().items()}
+    whole.load_state_dict(kept, assign=True) # its file will change
     change(model, renamed('LayerNorm.weight', 'LayerNorm.gamma'))
     change(model, renamed('LayerNorm.bias', 'LayerNorm.beta'))
     change(model, lambda state: state | {'bert.embeddings.position_ids': torch.arange(64)[None]})
@@ -174,7 +215,8 @@ def test_encoders_that_are_whole(tiny, tmp_path):
     lm = BertForMaskedLM(encoder.config)
     lm.bert.load_state_dict(encoder.state_dict(), strict=False)
     lm.save_pretrained(tmp_path/'lm')
-    change(tmp_path/'lm', lambda state: state | {f'bert.pooler.{k}': v for k, v in encoder.pooler.state_dict().items()} | {'cls.seq_relationship.bias': torch.zeros(2)})
+    pooler = {f'bert.pooler.{k}': v for k, v in encoder.pooler.state_dict().items()}
+    change(tmp_path/'lm', lambda state: state | pooler | {'cls.seq_relationship.bias': torch.zeros(2)})
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         load_encoder(SMALL)
@@ -186,12 +228,14 @@ def test_encoders_that_are_whole(tiny, tmp_path):
 def test_an_encoder_without_a_pooler(tiny, tmp_path):
     """A language model has none: said, and the student's comes from the student's seed."""
     BertForMaskedLM(BertConfig.from_pretrained(tiny)).save_pretrained(tmp_path/'lm')
-    with pytest.warns(UserWarning, match='lm has no pooler: what is made from it begins with a fresh one'): encoder = load_encoder(tmp_path/'lm')
+    with pytest.warns(UserWarning, match='lm has no pooler: what is made from it begins with a fresh one'):
+        encoder = load_encoder(tmp_path/'lm')
     torch.manual_seed(8)
     with pytest.warns(UserWarning, match='no pooler'): again = load_encoder(tmp_path/'lm')
     a, b = (make_student(e, 2, 'toy').bert.pooler.dense.weight for e in (encoder, again))
     assert torch.equal(a, b)
-    with pytest.warns(UserWarning, match='no pooler'): a, b = (make_classifier(tmp_path/'lm', 'toy').bert.pooler.dense.weight for _ in range(2))
+    with pytest.warns(UserWarning, match='no pooler'):
+        a, b = (fresh_head(tmp_path/'lm').bert.pooler.dense.weight for _ in range(2))
     assert torch.equal(a, b)
     change(tmp_path/'lm', lambda state: state | {'bert.pooler.dense.bias': torch.zeros(16)})
     with pytest.raises(ValueError, match='pooler.dense.weight is missing'): load_encoder(tmp_path/'lm')
@@ -205,13 +249,16 @@ def test_an_empty_tokenizer(model, quick, tmp_path, files):
     for path in model.glob('tokenizer*'): path.unlink()
     if files != 'absent':
         said = json.loads(tokenizer.backend_tokenizer.to_str())
-        said['model']['vocab'] = {w: i for w, i in said['model']['vocab'].items() if w in tokenizer.all_special_tokens}
+        vocab = said['model']['vocab']
+        said['model']['vocab'] = {w: i for w, i in vocab.items() if w in tokenizer.all_special_tokens}
         (model/'tokenizer.json').write_text(json.dumps(said))
-        shutil.copy(Path(tokenizer.name_or_path)/'config.json', model/'config.json') if Path(tokenizer.name_or_path) != model else None
-        (model/'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='PreTrainedTokenizerFast', pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]', mask_token='[MASK]')))
-    for way in (load_tokenizer, lambda f: evaluate(f, 'toy', **ON), lambda f: write_predictions(f, 'toy', tmp_path/'out', split='dev', **ON),
-                lambda f: run(quick.replace(method='fine_tune', teacher=None, ptrain_ver=str(f)), tmp_path, progress=False)):
-        with pytest.raises(ValueError, match='has no tokenizer, or an empty one: every word would be unknown.*Copy tokenizer.json'): way(model)
+        origin = Path(tokenizer.name_or_path)
+        if origin != model: shutil.copy(origin/'config.json', model/'config.json')
+        (model/'tokenizer_config.json').write_text(json.dumps(SPECIAL))
+    for way in (load_tokenizer, score,
+                lambda f: write_predictions(f, 'toy', tmp_path/'out', split='dev', **ON),
+                lambda f: run_with(quick, tmp_path, ptrain_ver=str(f), **TUNE)):
+        with pytest.raises(ValueError, match=f'{EMPTY}.*Copy tokenizer.json'): way(model)
     assert not (tmp_path/'quick_bert_toy').exists()
 
 
@@ -222,7 +269,8 @@ def test_tokens_beyond_the_embeddings(model, tiny, tmp_path):
     tokenizer.add_tokens(['zyzzyva'])
     tokenizer.save_pretrained(model)
     says = f'ids up to {words}, .*embeddings for 0 to {words - 1}'
-    for way in (load_tokenizer, lambda f: evaluate(f, 'toy', **ON), lambda f: evaluate(load_classifier(f), 'toy', tokenizer=tokenizer, **ON),
+    for way in (load_tokenizer, score,
+                lambda f: evaluate(load_classifier(f), 'toy', tokenizer=tokenizer, **ON),
                 lambda f: predict(load_classifier(f), data, tokenizer, device_id=-1)):
         with pytest.raises(ValueError, match=says): way(model)
 
@@ -239,45 +287,51 @@ def nan_in_bias(state): return state | {'classifier.bias': torch.tensor([float('
 
 def test_answers_that_are_no_numbers(model, tmp_path):
     change(model, nan_in_bias)
-    says = r'answers of .*model are not finite on 20 of 20 rows \(the first is row 0, from 0\), so nothing was scored or written. Weights that are not finite: classifier.bias. Take another'
+    says = (r'answers of .*model are not finite on 20 of 20 rows \(the first is row 0, from 0\), '
+            'so nothing was scored or written. Weights that are not finite: classifier.bias. Take another')
     data = encode(load_task('toy', 'dev', size=20), load_tokenizer(model), 32)
-    with pytest.raises(FloatingPointError, match=says): predict(load_classifier(model), data, load_tokenizer(model), device_id=-1)
-    for way in (lambda f: evaluate(f, 'toy', **ON), lambda f: write_predictions(f, 'toy', tmp_path/'out', split='dev', **ON)):
+    with pytest.raises(FloatingPointError, match=says):
+        predict(load_classifier(model), data, load_tokenizer(model), device_id=-1)
+    for way in (score, lambda f: write_predictions(f, 'toy', tmp_path/'out', split='dev', **ON)):
         with pytest.raises(FloatingPointError, match='not finite on .* rows.*classifier.bias'): way(model)
     assert not (tmp_path/'out').exists()
 
 
 def test_answers_that_are_no_numbers_on_the_command_line(done, capsys):
     change(done/'checkpoint-4', nan_in_bias)
-    for line in ('run_fine_tune_eval --experiment quick --task toy --device_id -1', 'generate_test_prediction --experiment quick --task toy --ckpt 4 --dataset dev --device_id -1'):
+    for line in (SCORE, PREDICT):
         code, _, err = command(line, done.parent, capsys)
         assert code == 2 and 'checkpoint-4 are not finite' in err and 'classifier.bias' in err
     assert not (done/'eval-dev.csv').exists()
 
 
 def test_a_weight_that_is_too_large(model):
-    change(model, lambda state: state | {'classifier.weight': torch.full((2, 16), 3e38), 'bert.pooler.dense.bias': torch.full((16,), 50.)})
-    with pytest.raises(FloatingPointError, match='Its weights are finite: they are too large'): evaluate(model, 'toy', **ON)
+    large = {'classifier.weight': torch.full((2, 16), 3e38), 'bert.pooler.dense.bias': torch.full((16,), 50.)}
+    change(model, lambda state: state | large)
+    with pytest.raises(FloatingPointError, match='Its weights are finite: they are too large'): score(model)
 
 
 # fresh heads, and one precision
 
 def test_a_fresh_head_is_fresh(tiny, tmp_path):
-    """Of a classifier as of an encoder alone: the same seed, the same head, none of the old one; and any number of labels."""
+    """Of a classifier as of an encoder alone: one seed, one head, nothing of the old one, any labels."""
     old = load_classifier(tiny)
     load_encoder(tiny).save_pretrained(tmp_path/'encoder')
     for task, rows in (('toy', 2), ('rte', 2), ('mnli', 3), ('stsb', 1)):
         heads = [make_classifier(f, task, seed=5).classifier for f in (tiny, tmp_path/'encoder', tiny)]
         assert all(torch.equal(h.weight, heads[0].weight) and not h.bias.any() for h in heads)
-        assert heads[0].weight.shape == (rows, 16) and not torch.equal(heads[0].weight[0], old.classifier.weight[0])
-    assert not torch.equal(make_classifier(tiny, 'toy', seed=6).classifier.weight, make_classifier(tiny, 'toy', seed=5).classifier.weight)
+        assert heads[0].weight.shape == (rows, 16)
+        assert not torch.equal(heads[0].weight[0], old.classifier.weight[0])
+    five, six = (make_classifier(tiny, 'toy', seed=seed).classifier.weight for seed in (5, 6))
+    assert not torch.equal(five, six)
 
 
 def test_other_numbers_of_labels_start_a_run(tiny, quick, tmp_path):
     rows = toy_examples(400)
-    frame = pd.DataFrame(dict(sentence1=[e['sentence1'] for e in rows], sentence2=[e['sentence2'] for e in rows], label=['a', 'b', 'c', 'a']*100))
+    frame = frame_of(rows, ['a', 'b', 'c', 'a']*100)
     task = write_task('three', tmp_path/'three', ('a', 'b', 'c'), train=frame[:320], dev=frame[320:])
-    folder = run(quick.replace(method='fine_tune', teacher=None, task='three', data_dir=str(tmp_path/'three'), ptrain_ver=str(tiny)), tmp_path, progress=False)
+    data = str(tmp_path/'three')
+    folder = run_with(quick, tmp_path, task='three', data_dir=data, ptrain_ver=str(tiny), **TUNE)
     assert load_classifier(folder, task).classifier.weight.shape == (3, 16)
 
 
@@ -285,9 +339,11 @@ def test_other_numbers_of_labels_start_a_run(tiny, quick, tmp_path):
 def test_half_precision_is_loaded_in_fp32(model, quick, tmp_path, precision):
     change(model, lambda state: {k: v.to(getattr(torch, precision)) for k, v in state.items()})
     settings(model, dtype=precision)
-    with pytest.warns(UserWarning, match=f'model is stored in B?F16; it is loaded in fp32'): models = load_classifier(model), load_encoder(model), make_classifier(model, 'toy')
+    with pytest.warns(UserWarning, match='model is stored in B?F16; it is loaded in fp32'):
+        models = load_classifier(model), load_encoder(model), fresh_head(model)
     assert {p.dtype for m in models for p in m.parameters()} == {torch.float32}
-    with pytest.warns(UserWarning): folder = run(quick.replace(teacher=str(model), ptrain_ver=str(model)), tmp_path, progress=False)
+    with pytest.warns(UserWarning):
+        folder = run_with(quick, tmp_path, teacher=str(model), ptrain_ver=str(model))
     assert {t.dtype for t in load_file(folder/'model.safetensors').values()} == {torch.float32}
 
 
@@ -297,13 +353,17 @@ def test_one_bit_in_a_checkpoint(done, quick, capsys):
     """Scores, predictions, the run opened, a student of such a teacher, a student cut from it, a plan."""
     flip(done/'checkpoint-4'/'model.safetensors')
     root, says = done.parent, 'checkpoint-4 is damaged: model.safetensors is not what was written'
-    for line in ('run_fine_tune_eval --experiment quick --task toy --device_id -1', 'generate_test_prediction --experiment quick --task toy --ckpt 4 --dataset dev --device_id -1',
-                 f'run_lad_distil --experiment new --task toy --num_hidden_layers 2 --teacher_exp quick --tckpt 4 --ptrain_ver {quick.ptrain_ver} --device_id -1 --total_step 2 --warmup_step 0',
-                 'run_lad_distil --experiment new --task toy --num_hidden_layers 2 --teacher_exp quick --tckpt 4 --device_id -1 --dry_run'):
+    distil = 'run_lad_distil --experiment new --task toy --num_hidden_layers 2 --teacher_exp quick --tckpt 4'
+    for line in (SCORE, PREDICT,
+                 f'{distil} --ptrain_ver {quick.ptrain_ver} --device_id -1 --total_step 2 --warmup_step 0',
+                 f'{distil} --device_id -1 --dry_run'):
         code, _, err = command(line, root, capsys)
         assert code == 2 and says in err and f"delete {done/'checkpoint-4'/CHECKSUMS}" in err
-    for way in (load_classifier, load_encoder, load_tokenizer, lambda f: make_classifier(f, 'toy'), lambda f: write_predictions(f, 'toy', done/'out', split='dev', **ON), lambda f: open_run(done, 4),
-                lambda f: run(quick.replace(experiment='new', teacher=str(f)), root, progress=False), lambda f: run(quick.replace(experiment='new', ptrain_ver=str(f)), root, progress=False)):
+    for way in (load_classifier, load_encoder, load_tokenizer, fresh_head,
+                lambda f: write_predictions(f, 'toy', done/'out', split='dev', **ON),
+                lambda f: open_run(done, 4),
+                lambda f: run_with(quick, root, experiment='new', teacher=str(f)),
+                lambda f: run_with(quick, root, experiment='new', ptrain_ver=str(f))):
         with pytest.raises(ValueError, match=says): way(done/'checkpoint-4')
     assert sorted(p.name for p in root.iterdir()) == [done.name] and not (done/'out').exists()
     open_run(done, 6), evaluate(done, 'toy', **ON) # the others are as they were
@@ -312,16 +372,17 @@ def test_one_bit_in_a_checkpoint(done, quick, capsys):
 @pytest.mark.parametrize('name', ['model.safetensors', 'gates.safetensors', 'config.json', 'tokenizer.json'])
 def test_one_bit_in_the_final_model(done, name):
     flip(done/name)
-    with pytest.raises(ValueError, match=f'quick_bert_toy is damaged: {name} is not what was written'): open_run(done)
+    with pytest.raises(ValueError, match=f'quick_bert_toy is damaged: {name} is not what was written'):
+        open_run(done)
     open_run(done, 6)
 
 
 def test_gates_of_an_analysis(done):
     """Read without the model beside them."""
-    from lad_nb.training import load_gates
     distiller = open_run(done)[0]
     flip(done/'checkpoint-2'/'gates.safetensors')
-    with pytest.raises(ValueError, match='checkpoint-2 is damaged: gates.safetensors'): load_gates(distiller.objective, done/'checkpoint-2')
+    with pytest.raises(ValueError, match='checkpoint-2 is damaged: gates.safetensors'):
+        load_gates(distiller.objective, done/'checkpoint-2')
 
 
 def test_what_only_a_resumed_run_reads(done):
@@ -335,7 +396,8 @@ def test_changes_that_were_meant(done):
     (done/'README.md').write_text('mine')
     open_run(done)
     settings(done, note='mine')
-    with pytest.raises(ValueError, match=f'config.json is not what was written.*If the change was meant, delete {done/CHECKSUMS}'): open_run(done)
+    says = f'config.json is not what was written.*If the change was meant, delete {done/CHECKSUMS}'
+    with pytest.raises(ValueError, match=says): open_run(done)
     (done/CHECKSUMS).unlink()
     open_run(done)
     for checkpoint in checkpoints(done).values(): (checkpoint/CHECKSUMS).unlink()
@@ -350,7 +412,7 @@ def test_checksums_that_are_none(done, text):
 
 @pytest.mark.parametrize('first', [True, False], ids=['first end', 'ended again'])
 def test_killed_between_the_final_files(done, quick, finished, first):
-    """At every file: a folder without weights is no model, any other opens and answers as it should; resumed, the same bytes."""
+    """At every file: a folder without weights is refused, any other opens; resumed, the same bytes."""
     root, replace, moved = done.parent, os.replace, []
     whole = (finished/'model.safetensors').read_bytes()
     class Killed(BaseException): pass
@@ -372,7 +434,8 @@ def test_killed_between_the_final_files(done, quick, finished, first):
         else:
             with pytest.raises(FileNotFoundError, match='no model.safetensors'): open_run(done)
         run(quick, root, resume=True, progress=False)
-        assert (done/'model.safetensors').read_bytes() == whole and (done/CHECKSUMS).exists() and not (done/'.final').exists()
+        assert (done/'model.safetensors').read_bytes() == whole
+        assert (done/CHECKSUMS).exists() and not (done/'.final').exists()
         open_run(done)
 
 
@@ -397,49 +460,58 @@ def test_a_file_is_hashed_once(done):
 def test_truncated_safetensors(done, quick, capsys, cut):
     """The file is named, on the command line in one line."""
     for folder in (done, done/'checkpoint-6'): (folder/CHECKSUMS).unlink()
-    for name, ways in {'model.safetensors': (load_classifier, load_encoder, lambda f: make_classifier(f, 'toy'), lambda f: evaluate(f, 'toy', **ON)),
+    for name, ways in {'model.safetensors': (load_classifier, load_encoder, fresh_head, score),
                        'gates.safetensors': (lambda f: open_run(done, None if f == done else 6),)}.items():
         for folder in (done, done/'checkpoint-6'):
             whole = (folder/name).read_bytes()
             (folder/name).write_bytes(whole[:cut])
             for way in ways:
-                with pytest.raises(ValueError, match=f'{folder/name} is no whole safetensors file .* bytes'): way(folder)
+                with pytest.raises(ValueError, match=f'{folder/name} is no whole safetensors file .* bytes'):
+                    way(folder)
             if folder != done and name == 'model.safetensors':
-                code, _, err = command('run_fine_tune_eval --experiment quick --task toy --device_id -1', done.parent, capsys)
+                code, _, err = command(SCORE, done.parent, capsys)
                 assert code == 2 and f'{folder/name} is no whole safetensors file' in err
             (folder/name).write_bytes(whole)
 
 
 def test_a_truncated_shard(quick, tmp_path):
     """The cache finds it by its hash; opened past that, the file is named."""
-    from lad_nb.cache import TeacherCache
     path = tmp_path/'00000-x.safetensors'
     save_file(dict(layer_1=torch.zeros(4, 2), logits=torch.zeros(2, 2)), path)
     TeacherCache(tmp_path, [path], [0, 2], np.array([2, 2]))
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match='00000-x.safetensors is no whole safetensors file'): TeacherCache(tmp_path, [path], [0, 2], np.array([2, 2]))
+    with pytest.raises(ValueError, match='00000-x.safetensors is no whole safetensors file'):
+        TeacherCache(tmp_path, [path], [0, 2], np.array([2, 2]))
 
 
 # settings that no model has
 
-ABSURD = [(name, value) for name, values in dict(
-    num_hidden_layers=(10**9, 10**18, -1, 0, '4', 4.0, True, [4]), hidden_size=(10**8, -16, '16', True), vocab_size=(10**12, 0, -5, 'x', 1.5), intermediate_size=(10**10, 0, '32'),
-    num_attention_heads=(0, 3, '2', 10**9), max_position_embeddings=(10**12, 0), type_vocab_size=(10**12, 0), num_labels=(10**9, -1, 'x'), pad_token_id=(10**9, 'x'), hidden_act=('nope', 5),
-    hidden_dropout_prob=(2, 'x'), layer_norm_eps=('x',), id2label=(5, [1], {'a': 'b'}), quantization_config=(5,), model_type=('gpt2', 5), is_decoder=('x',)).items() for value in values]
+ABSURD = dict(
+    num_hidden_layers=(10**9, 10**18, -1, 0, '4', 4.0, True, [4]), hidden_size=(10**8, -16, '16', True),
+    vocab_size=(10**12, 0, -5, 'x', 1.5), intermediate_size=(10**10, 0, '32'),
+    num_attention_heads=(0, 3, '2', 10**9), max_position_embeddings=(10**12, 0), type_vocab_size=(10**12, 0),
+    num_labels=(10**9, -1, 'x'), pad_token_id=(10**9, 'x'), hidden_act=('nope', 5),
+    hidden_dropout_prob=(2, 'x'), layer_norm_eps=('x',), id2label=(5, [1], {'a': 'b'}),
+    quantization_config=(5,), model_type=('gpt2', 5), is_decoder=('x',))
 
 
-@pytest.mark.parametrize('name, value', ABSURD, ids=str)
+@pytest.mark.parametrize('name, value', [(name, value) for name in ABSURD for value in ABSURD[name]], ids=str)
 def test_absurd_settings(model, quick, tmp_path, capsys, name, value):
-    """Refused in a moment, before anything is allocated: with what config.json says, and what the file holds."""
+    """Refused in a moment, before anything is allocated: what config.json says, and what the file holds."""
     settings(model, **{name: value})
     with pytest.raises(ValueError) as e: load_classifier(model, 'toy')
     assert '\n' not in str(e.value) and (str(model) in str(e.value) or 'dropout' in name)
-    if name in ('num_hidden_layers', 'hidden_size', 'vocab_size'): assert name in str(e.value) and str(value) in str(e.value).replace(',', '')
-    for way in (load_encoder, lambda f: make_classifier(f, 'toy')) if name not in ('num_labels', 'id2label', 'hidden_dropout_prob') else ():
+    if name in ('num_hidden_layers', 'hidden_size', 'vocab_size'):
+        assert name in str(e.value) and str(value) in str(e.value).replace(',', '')
+    of_a_head = name in ('num_labels', 'id2label', 'hidden_dropout_prob')
+    for way in () if of_a_head else (load_encoder, fresh_head):
         with pytest.raises(ValueError): way(model)
     if isinstance(value, int) and name == 'num_hidden_layers':
-        with pytest.raises(ValueError, match='num_hidden_layers'): plan(quick.replace(teacher=str(model)), tmp_path)
-        code, _, err = command(f'run_lad_distil --experiment new --task toy --num_hidden_layers 2 --teacher {model} --ptrain_ver {model} --device_id -1', tmp_path, capsys)
+        with pytest.raises(ValueError, match='num_hidden_layers'):
+            plan(quick.replace(teacher=str(model)), tmp_path)
+        line = (f'run_lad_distil --experiment new --task toy --num_hidden_layers 2 --teacher {model} '
+                f'--ptrain_ver {model} --device_id -1')
+        code, _, err = command(line, tmp_path, capsys)
         assert code == 2 and 'num_hidden_layers' in err
 
 
@@ -447,8 +519,11 @@ def test_absurd_settings_of_a_checkpoint(done, quick):
     """Nor does a plan count to a thousand million layers."""
     settings(done/'checkpoint-6', num_hidden_layers=10**9)
     (done/'checkpoint-6'/CHECKSUMS).unlink()
-    for way in (lambda: plan(quick.replace(teacher=None, teacher_exp='quick', tckpt=6), done.parent), lambda: open_run(done, 6)):
-        with pytest.raises(ValueError, match=r'describes a model of [\d,]+ weights or more, the file beside it has [\d,]+ bytes.*num_hidden_layers 1000000000'): way()
+    recipe = quick.replace(teacher=None, teacher_exp='quick', tckpt=6)
+    says = (r'describes a model of [\d,]+ weights or more, the file beside it has [\d,]+ bytes'
+            '.*num_hidden_layers 1000000000')
+    for way in (lambda: plan(recipe, done.parent), lambda: open_run(done, 6)):
+        with pytest.raises(ValueError, match=says): way()
 
 
 # checkpoints of the scripts
@@ -456,16 +531,28 @@ def test_absurd_settings_of_a_checkpoint(done, quick):
 def scripts(tiny, folder):
     """The tiny model as the scripts would keep it."""
     folder.mkdir()
-    state = {k.replace('bert.', 'encoder.', 1) if k.startswith('bert.') else k.replace('classifier', 'linear_layer'): v for k, v in load_classifier(tiny).state_dict().items()}
+    def theirs(name): return name.replace('bert.', 'encoder.', 1).replace('classifier', 'linear_layer')
+    state = {theirs(k): v for k, v in load_classifier(tiny).state_dict().items()}
     torch.save(state, folder/'model-1.pt')
     (folder/'config.json').write_text(json.dumps(dict(task='rte', num_attention_heads=2, dropout=.1)))
     return state
 
 
-FOREIGN = dict(empty=lambda p: p.write_bytes(b''), junk=lambda p: p.write_bytes(bytes(range(256))*8), text=lambda p: p.write_text('accuracy 0.66\n'), zip=lambda p: p.write_bytes(b'PK\3\4' + bytes(400)),
-               cut=lambda p: p.write_bytes(p.read_bytes()[:-900]), half=lambda p: p.write_bytes(p.read_bytes()[:900]), safetensors=lambda p: save_file(dict(a=torch.zeros(3)), p),
-               a_list=lambda p: torch.save([torch.zeros(2)], p), a_number=lambda p: torch.save(5, p), nothing=lambda p: torch.save({}, p), a_tensor=lambda p: torch.save(torch.zeros(3), p),
-               others=lambda p: torch.save(dict(weight=torch.zeros(3, 4)), p), wrapped=lambda p: torch.save(dict(model=dict(a=torch.zeros(2)), step=3), p), numbered=lambda p: torch.save({1: torch.zeros(2)}, p))
+FOREIGN = dict(
+    empty=lambda p: p.write_bytes(b''),
+    junk=lambda p: p.write_bytes(bytes(range(256))*8),
+    text=lambda p: p.write_text('accuracy 0.66\n'),
+    zip=lambda p: p.write_bytes(b'PK\3\4' + bytes(400)),
+    cut=lambda p: p.write_bytes(p.read_bytes()[:-900]),
+    half=lambda p: p.write_bytes(p.read_bytes()[:900]),
+    safetensors=lambda p: save_file(dict(a=torch.zeros(3)), p),
+    a_list=lambda p: torch.save([torch.zeros(2)], p),
+    a_number=lambda p: torch.save(5, p),
+    nothing=lambda p: torch.save({}, p),
+    a_tensor=lambda p: torch.save(torch.zeros(3), p),
+    others=lambda p: torch.save(dict(weight=torch.zeros(3, 4)), p),
+    wrapped=lambda p: torch.save(dict(model=dict(a=torch.zeros(2)), step=3), p),
+    numbered=lambda p: torch.save({1: torch.zeros(2)}, p))
 
 
 @pytest.mark.parametrize('kind', FOREIGN)
@@ -477,9 +564,14 @@ def test_script_files_that_are_none(tiny, tmp_path, kind):
     assert '\n' not in str(e.value)
 
 
-STATES = dict(layers=lambda s: {k.replace('layer.3.', 'layer.999999999.'): v for k, v in s.items()}, flat=lambda s: {k: v.flatten() if k.endswith('word_embeddings.weight') else v for k, v in s.items()},
-              positions=lambda s: {k: v for k, v in s.items() if 'position' not in k}, no_layers=lambda s: {k: v for k, v in s.items() if 'layer.' not in k}, bias=lambda s: s | {'linear_layer.bias': torch.zeros(())},
-              headless=lambda s: {k: v for k, v in s.items() if 'linear' not in k}, labels=lambda s: s | {'linear_layer.weight': torch.zeros(3, 16), 'linear_layer.bias': torch.zeros(3)})
+STATES = dict(
+    layers=renamed('layer.3.', 'layer.999999999.'),
+    flat=changed('word_embeddings.weight', torch.flatten),
+    positions=without('position'),
+    no_layers=without('layer.'),
+    bias=lambda s: s | {'linear_layer.bias': torch.zeros(())},
+    headless=without('linear'),
+    labels=lambda s: s | {'linear_layer.weight': torch.zeros(3, 16), 'linear_layer.bias': torch.zeros(3)})
 
 
 @pytest.mark.parametrize('what', STATES)
@@ -489,7 +581,10 @@ def test_script_states_that_do_not_fit(tiny, tmp_path, what):
     with pytest.raises(ValueError, match='model-1.pt'): load_script_model(tmp_path/'theirs', 1)
 
 
-@pytest.mark.parametrize('said', ['', '{', '[]', '5', '{}', '{"task": 5}', '{"task": "nobody"}', '{"task": "rte", "num_attention_heads": "two"}', '{"task": "rte", "num_attention_heads": 3}', '{"task": "rte", "dropout": "much"}'])
+@pytest.mark.parametrize('said', [
+    '', '{', '[]', '5', '{}', '{"task": 5}', '{"task": "nobody"}',
+    '{"task": "rte", "num_attention_heads": "two"}', '{"task": "rte", "num_attention_heads": 3}',
+    '{"task": "rte", "dropout": "much"}'])
 def test_script_settings_that_are_none(tiny, tmp_path, said):
     scripts(tiny, tmp_path/'theirs')
     (tmp_path/'theirs'/'config.json').write_text(said)
@@ -503,24 +598,29 @@ def test_script_settings_that_are_none(tiny, tmp_path, said):
 def regression(quick, tiny, tmp_path):
     """A run on scores, of three checkpoints."""
     rows = toy_examples(300)
-    frame = pd.DataFrame(dict(sentence1=[e['sentence1'] for e in rows], sentence2=[e['sentence2'] for e in rows], label=[i % 6 for i in range(300)]))
+    frame = frame_of(rows, [i % 6 for i in range(300)])
     write_task('scores', tmp_path/'scores', (), train=frame[:200], dev=frame[200:])
     load_encoder(tiny).save_pretrained(tmp_path/'encoder')
     load_tokenizer(tiny).save_pretrained(tmp_path/'encoder')
-    return run(quick.replace(method='fine_tune', teacher=None, task='scores', data_dir=str(tmp_path/'scores'), ptrain_ver=str(tmp_path/'encoder')), tmp_path/'experiments', progress=False)
+    return run_with(quick, tmp_path/'experiments', task='scores', data_dir=str(tmp_path/'scores'),
+                    ptrain_ver=str(tmp_path/'encoder'), **TUNE)
 
 
 def constant(state): return {k: v*0 if k.startswith('classifier') else v for k, v in state.items()}
 
 
 def test_a_constant_student_of_a_regression(regression, capsys):
-    line = f'run_fine_tune_eval --experiment quick --task scores --data_dir {regression.parent.parent/"scores"} --device_id -1'
+    data = regression.parent.parent/'scores'
+    line = f'run_fine_tune_eval --experiment quick --task scores --data_dir {data} --device_id -1'
     change(regression/'checkpoint-2', constant)
     code, out, err = command(line, regression.parent, capsys)
-    assert code == 0 and 'checkpoint 2: pearson nan' in out and 'best on dev: checkpoint 2' not in out and 'pearson is undefined: the model says the same of all 100 rows' in err
+    assert code == 0 and 'checkpoint 2: pearson nan' in out and 'best on dev: checkpoint 2' not in out
+    assert 'pearson is undefined: the model says the same of all 100 rows' in err
     for step in (4, 6): change(regression/f'checkpoint-{step}', constant)
     code, out, err = command(line, regression.parent, capsys)
-    assert code == 2 and 'best on' not in out and 'No checkpoint is the best: pearson is undefined for each of them (2, 4, 6)' in err
+    assert code == 2 and 'best on' not in out
+    assert 'No checkpoint is the best: pearson is undefined for each of them (2, 4, 6)' in err
     assert (regression/'eval-dev.csv').read_text().count('NaN') == 6
-    with pytest.warns(UserWarning, match='spearman is undefined'): table = score_checkpoints(regression, 'scores', device_id=-1)
+    with pytest.warns(UserWarning, match='spearman is undefined'):
+        table = score_checkpoints(regression, 'scores', device_id=-1)
     with pytest.raises(ValueError, match='No checkpoint is the best'): best_checkpoint(table)
