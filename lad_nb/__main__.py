@@ -10,22 +10,22 @@ import os, signal, sys
 
 # %% ../nbs/73_main.ipynb #478e2dde
 def _leave(*_):
-    "Nothing has begun, so there is nothing to tidy"
+    "End at once: nothing has begun, so there is nothing to tidy up"
     os.write(2, b'\nlad-nb: interrupted\n')
     os._exit(130)
 
 # %% ../nbs/73_main.ipynb #50ccba05
 def main(
-    argv: list=None, # the command line's by default
-) -> int:            # exit code
+    argv: list | None=None, # the command line's by default
+) -> int:                   # exit code
     "The console command `lad-nb`; also `python -m lad_nb`"
     before = signal.getsignal(signal.SIGINT)
-    if before != signal.SIG_IGN: signal.signal(signal.SIGINT, _leave) # nohup and the like keep their word
+    if before != signal.SIG_IGN: signal.signal(signal.SIGINT, _leave)
     from lad_nb.cli import main as run
     signal.signal(signal.SIGINT, before)
     code = run(argv)
-    if code == 130: signal.signal(signal.SIGINT, signal.SIG_IGN) # on the way out: Ctrl-C again would end in a traceback
+    if code == 130: signal.signal(signal.SIGINT, signal.SIG_IGN)
     return code
 
 # %% ../nbs/73_main.ipynb #d19a8600
-if __name__ == '__main__' and globals().get('__package__'): sys.exit(main()) # python -m lad_nb, and no notebook
+if __name__ == '__main__' and globals().get('__package__'): sys.exit(main()) # python -m lad_nb, no notebook

@@ -9,6 +9,7 @@ __all__ = ['quickstart_recipes', 'quickstart']
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axes import Axes
 
 from .mappings import Gate
 from .models import SMALL
@@ -18,32 +19,60 @@ from .evaluation import costs, evaluate
 from .analysis import gate_shares
 from .plots import plot_gate_shares
 
+# %% ../nbs/70_quickstart.ipynb #8ef5f30f
+_shared = dict(task='toy', max_seq_len=32, batch_size=24, total_step=200, warmup_step=30, ckpt_step=100,
+               log_step=10, device_id=-1)
+
 # %% ../nbs/70_quickstart.ipynb #79c4ae98
-_few = dict(task='toy', max_seq_len=32, batch_size=24, device_id=-1, ckpt_step=100, log_step=10)
-_teacher = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=1e-4, total_step=200, warmup_step=30, **_few)
-_student = Recipe('LAD', method='lad', num_hidden_layers=3, teacher_exp='teacher', lr=3e-4, gate_lr=3e-4, total_step=200, warmup_step=30, **_few)
-quickstart_recipes = dict(teacher=_teacher, student=_student, undistilled=_student.replace(experiment='undistilled', method='undistilled', ptrain_ver=SMALL))
+_teacher = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=1e-4, **_shared)
+_student = Recipe('LAD', method='lad', num_hidden_layers=3, teacher_exp='teacher', lr=3e-4, gate_lr=3e-4,
+                  **_shared)
+_undistilled = _student.replace(experiment='undistilled', method='undistilled', ptrain_ver=SMALL)
+quickstart_recipes = dict(teacher=_teacher, student=_student, undistilled=_undistilled)
+
+# %% ../nbs/70_quickstart.ipynb #7eb6867a
+def _train_each(recipes, root, resume=False, progress=True):
+    "Run recipes one after the other; {name: run folder}"
+    folders = {}
+    for i, (name, recipe) in enumerate(recipes.items(), start=1):
+        what = f'{recipe.num_hidden_layers or 6} layers, {recipe.method}, {recipe.total_step} updates'
+        print(f'{i}/{len(recipes)} {name}: {what}', flush=True)
+        folders[name] = run(recipe, root, resume, progress)
+    return folders
+
+# %% ../nbs/70_quickstart.ipynb #301c4771
+def _compare(folders):
+    "Dev accuracy beside size and speed"
+    length = _shared['max_seq_len']
+    table = costs(folders, 'toy', max_seq_len=length)
+    accuracy = [evaluate(f, 'toy', max_seq_len=length)['accuracy'] for f in folders.values()]
+    table.insert(0, 'dev accuracy', accuracy)
+    return table
+
+# %% ../nbs/70_quickstart.ipynb #80ba2ce3
+def _draw_shares(folder) -> Axes:
+    "Where the content of each gate comes from"
+    pairs = {p.source.k: p.student for p in mapping_of(_student, 6).pairs if isinstance(p.source, Gate)}
+    title = 'Quickstart: what arrives in each gate from each teacher layer'
+    ax = plot_gate_shares(gate_shares(folder), title=title, pairs=pairs)
+    ax.figure.set_size_inches(4.4, 2.4) # room for the numbers
+    return ax
 
 # %% ../nbs/70_quickstart.ipynb #8a588948
 def quickstart(
-    root: str='quickstart', # the folder to leave everything in
-    seed: int=42,           # of all three runs
-    resume: bool=False,     # go on in a folder that exists
-    progress: bool=True,    # show progress bars
-) -> pd.DataFrame:          # teacher, student, undistilled: dev accuracy, parameters, ms a sentence, MB on disk
-    "Teacher, LAD student and undistilled student on the toy task; leaves run folders, table.csv and gate_shares.png"
+    root: str | Path='quickstart', # the folder to leave everything in
+    seed: int=42,                  # of all three runs
+    resume: bool=False,            # go on in a folder that exists
+    progress: bool=True,           # show progress bars
+) -> pd.DataFrame:                 # by run: dev accuracy, parameters, ms a sentence, MB on disk
+    "Teacher, LAD student and undistilled student; leaves run folders, table.csv and gate_shares.png"
     root = Path(root)
-    if root.exists() and any(root.iterdir()) and not resume: raise FileExistsError(f"{root} exists. Go on in it (--resume), name another folder (--root), or delete it.")
-    folders = {}
-    for i, (name, recipe) in enumerate(quickstart_recipes.items(), start=1):
-        recipe = recipe.replace(seed=seed)
-        print(f"{i}/3 {name}: {recipe.num_hidden_layers or 6} layers, {recipe.method}, {recipe.total_step} updates", flush=True)
-        folders[name] = run(recipe, root, resume, progress)
-    table = costs(folders, 'toy', max_seq_len=_few['max_seq_len'])
-    table.insert(0, 'dev accuracy', [evaluate(f, 'toy', max_seq_len=_few['max_seq_len'])['accuracy'] for f in folders.values()])
+    if root.exists() and any(root.iterdir()) and not resume:
+        raise FileExistsError(f"{root} exists. Go on in it (--resume), name another folder (--root), "
+                              "or delete it.")
+    recipes = {name: recipe.replace(seed=seed) for name, recipe in quickstart_recipes.items()}
+    folders = _train_each(recipes, root, resume, progress)
+    table = _compare(folders)
     table.to_csv(root/'table.csv')
-    pairs = {p.source.k: p.student for p in mapping_of(_student, 6).pairs if isinstance(p.source, Gate)}
-    ax = plot_gate_shares(gate_shares(folders['student']), title='Quickstart: what arrives in each gate from each teacher layer', pairs=pairs)
-    ax.figure.set_size_inches(4.4, 2.4) # room for the numbers
-    ax.figure.savefig(root/'gate_shares.png', dpi=200)
+    _draw_shares(folders['student']).figure.savefig(root/'gate_shares.png', dpi=200)
     return table

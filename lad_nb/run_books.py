@@ -8,6 +8,9 @@ __all__ = ['run_books']
 # %% ../nbs/71_run_books.ipynb #f8fe4054
 from .recipes import Evaluation, Recipe, faithful
 
+# %% ../nbs/71_run_books.ipynb #8b3b4131
+run_books = {}
+
 # %% ../nbs/71_run_books.ipynb #e5faeda8
 def _teacher(experiment, task, **settings):
     "A teacher of the run books"
@@ -16,7 +19,7 @@ def _teacher(experiment, task, **settings):
 
 # %% ../nbs/71_run_books.ipynb #219da1bd
 def _students(task, teacher_exp, tckpt, gate_lr, **shared):
-    "A maker of one book's students: what they share, and what each has of its own"
+    "A function that makes one book's students: it adds what each has of its own to what all share"
     shared = dict(task=task, teacher_exp=teacher_exp, tckpt=tckpt, num_hidden_layers=6) | shared
     def student(experiment, method, **own):
         gates = dict(gate_lr=gate_lr) if 'lad' in method else {}
@@ -24,38 +27,46 @@ def _students(task, teacher_exp, tckpt, gate_lr, **shared):
     return student
 
 # %% ../nbs/71_run_books.ipynb #c025b142
-_down, _up, _low5 = (12, 10, 8, 6, 4, 2), (6, 5, 4, 3, 2, 1), (2, 4, 6, 8, 10)
-_all = tuple(reversed(_up))
+_every_layer = (1, 2, 3, 4, 5, 6)
+_top_down    = dict(gate_indices=(12, 10, 8, 6, 4, 2), student_indices=(6, 5, 4, 3, 2, 1))
+_five_gates  = dict(gate_indices=(2, 4, 6, 8, 10), student_indices=_every_layer)
+_one_gate    = dict(gate_indices=(2,), student_indices=_every_layer)
 
 # %% ../nbs/71_run_books.ipynb #1f752434
 _rte = _students('rte', 'teacher_huggingface', 231, gate_lr=3e-5, lr=3e-4, total_step=1155, warmup_step=346,
                  softmax_temp=5., soft_weight=.7, hard_weight=.3, mu=500., ckpt_step=100, log_step=10)
-_long = dict(total_step=1540, warmup_step=462)
-_later = dict(epoch=10., warmup_rate=.1)
+_rte_longer = dict(total_step=1540, warmup_step=462)
 
 # %% ../nbs/71_run_books.ipynb #7d776b32
-run_books = dict(rte=dict(
+run_books['rte'] = dict(
     fine_tune=_teacher('teacher_huggingface', 'rte', lr=2e-5, total_step=231, warmup_step=69, ckpt_step=77),
     lad=_rte('LAD_soft_3_26', 'lad', num_hidden_layers=4, softmax_temp=10.),
-    lad_user_defined=_rte('LAD_user_defined_6', 'lad_user_defined', gate_indices=_down, student_indices=_up,
-                          gate_lr=3e-6, **_long),
-    lad_no=_rte('LAD_NO_soft_5_42', 'lad_no', lr=9e-4, **_long),
-    partial_lad=_rte('partial_LAD_1_42', 'partial_lad', gate_indices=(2,), student_indices=_all),
+    lad_user_defined=_rte('LAD_user_defined_6', 'lad_user_defined', gate_lr=3e-6, **_top_down, **_rte_longer),
+    lad_no=_rte('LAD_NO_soft_5_42', 'lad_no', lr=9e-4, **_rte_longer),
+    partial_lad=_rte('partial_LAD_1_42', 'partial_lad', **_one_gate),
     alp_kd_hidden=_rte('ALP_KD_soft_4_26', 'alp_kd_hidden', lr=5e-4, mu=1000., seed=26),
     alp_kd_hidden_v2=_rte('ALP_KD_hidden_v2_soft_1_26', 'alp_kd_hidden_v2', seed=26),
-    bert_pkd=_rte('PKD_hugface_soft_6_2_42', 'bert_pkd', lr=5e-4, **_long),
+    bert_pkd=_rte('PKD_hugface_soft_6_2_42', 'bert_pkd', lr=5e-4, **_rte_longer),
+)
+
+# %% ../nbs/71_run_books.ipynb #54699af3
+run_books['rte'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'rte', 'LAD_soft_3_26', 'train'),
     eval_dev=Evaluation('run_fine_tune_eval', 'rte', 'LAD_soft_3_26', 'dev'),
     predict_test=Evaluation('generate_test_prediction', 'rte', 'LAD_soft_3_26', 'test', ckpt=1000),
+)
+
+# %% ../nbs/71_run_books.ipynb #5b0a4cc0
+run_books['rte'] |= dict(
     fine_tune_later=_teacher('teacher_later', 'rte', lr=7e-5, total_step=231, warmup_step=69, ckpt_step=77),
-    lad_later=_rte('LAD_later', 'lad', teacher_exp='teacher_later', lr=7e-4, softmax_temp=10., soft_weight=.5,
-                   hard_weight=.5, mu=1000., **_later),
-))
+    lad_later=_rte('LAD_later', 'lad', teacher_exp='teacher_later', lr=7e-4, softmax_temp=10.,
+                   soft_weight=.5, hard_weight=.5, mu=1000., epoch=10., warmup_rate=.1),
+)
 
 # %% ../nbs/71_run_books.ipynb #b8523603
 _mrpc = _students('mrpc', 'teacher_huggingface', 575, gate_lr=5e-6, lr=5e-4, total_step=2300, warmup_step=690,
                   softmax_temp=10., soft_weight=.7, hard_weight=.3, mu=500., ckpt_step=100, log_step=10)
-_alp = dict(total_step=1150, warmup_step=115, softmax_temp=20., mu=1000.)
+_mrpc_alp = dict(total_step=1150, warmup_step=115, softmax_temp=20., mu=1000.)
 
 # %% ../nbs/71_run_books.ipynb #bf10fcbc
 run_books['mrpc'] = dict(
@@ -63,10 +74,14 @@ run_books['mrpc'] = dict(
                        ckpt_step=115),
     lad=_mrpc('LAD6_soft_2_26', 'lad', lr=7e-4, seed=26),
     lad_no=_mrpc('LAD_NO_soft_1_42', 'lad_no', teacher_exp='teacher_base'),
-    partial_lad=_mrpc('partial_LAD_5_42', 'partial_lad', lr=7e-4, gate_indices=_low5, student_indices=_all),
-    alp_kd_hidden=_mrpc('ALP_KD_soft_3_42', 'alp_kd_hidden', lr=7e-4, seed=26, **_alp),
-    alp_kd_hidden_v2=_mrpc('ALP_KD_hidden_v2_soft_2_46', 'alp_kd_hidden_v2', seed=46, **_alp),
+    partial_lad=_mrpc('partial_LAD_5_42', 'partial_lad', lr=7e-4, **_five_gates),
+    alp_kd_hidden=_mrpc('ALP_KD_soft_3_42', 'alp_kd_hidden', lr=7e-4, seed=26, **_mrpc_alp),
+    alp_kd_hidden_v2=_mrpc('ALP_KD_hidden_v2_soft_2_46', 'alp_kd_hidden_v2', seed=46, **_mrpc_alp),
     bert_pkd=_mrpc('PKD_hugface_soft_3_26', 'bert_pkd'),
+)
+
+# %% ../nbs/71_run_books.ipynb #8fa56e92
+run_books['mrpc'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'mrpc', 'LAD6_soft_2_26', 'train'),
     eval_dev=Evaluation('run_fine_tune_eval', 'mrpc', 'LAD6_soft_2_26', 'dev', 128),
     predict_test=Evaluation('generate_test_prediction', 'mrpc', 'LAD6_soft_2_26', 'test', ckpt=1900),
@@ -74,22 +89,26 @@ run_books['mrpc'] = dict(
 
 # %% ../nbs/71_run_books.ipynb #9582fb62
 _sst2 = _students('sst2', 'teacher_huggingface', 6315, gate_lr=1e-6, lr=1e-4, total_step=42100,
-                  warmup_step=12630, softmax_temp=20., soft_weight=.5, hard_weight=.5, mu=1000., ckpt_step=1000,
-                  log_step=100)
-_short = dict(total_step=25260, warmup_step=2526)
+                  warmup_step=12630, softmax_temp=20., soft_weight=.5, hard_weight=.5, mu=1000.,
+                  ckpt_step=1000, log_step=100)
+_sst2_shorter = dict(total_step=25260, warmup_step=2526)
+_top_five = {name: layers[:5] for name, layers in _top_down.items()}
 
 # %% ../nbs/71_run_books.ipynb #05b82d3d
 run_books['sst2'] = dict(
     fine_tune=_teacher('teacher_huggingface', 'sst2', lr=2e-5, total_step=6315, warmup_step=1894,
                        ckpt_step=2105, log_step=500),
     lad=_sst2('LAD_soft_5_42', 'lad', ckpt_step=2000),
-    lad_user_defined=_sst2('LAD_user_defined_5', 'lad_user_defined', gate_indices=_down[:5],
-                           student_indices=_up[:5]),
+    lad_user_defined=_sst2('LAD_user_defined_5', 'lad_user_defined', **_top_five),
     lad_no=_sst2('LAD_NO_soft_1_42', 'lad_no'),
-    partial_lad=_sst2('partial_LAD_5_42', 'partial_lad', gate_indices=_low5, student_indices=_all),
-    alp_kd_hidden=_sst2('ALP_KD_soft_2_42', 'alp_kd_hidden', **_short),
-    alp_kd_hidden_v2=_sst2('ALP_KD_hidden_v2_soft_1_42', 'alp_kd_hidden_v2', **_short),
-    bert_pkd=_sst2('PKD_hugface_soft_2_42', 'bert_pkd', mu=100., ckpt_step=2000, **_short),
+    partial_lad=_sst2('partial_LAD_5_42', 'partial_lad', **_five_gates),
+    alp_kd_hidden=_sst2('ALP_KD_soft_2_42', 'alp_kd_hidden', **_sst2_shorter),
+    alp_kd_hidden_v2=_sst2('ALP_KD_hidden_v2_soft_1_42', 'alp_kd_hidden_v2', **_sst2_shorter),
+    bert_pkd=_sst2('PKD_hugface_soft_2_42', 'bert_pkd', mu=100., ckpt_step=2000, **_sst2_shorter),
+)
+
+# %% ../nbs/71_run_books.ipynb #94e3b9c3
+run_books['sst2'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'sst2', 'partial_LAD_0_42', 'train', 512),
     eval_dev=Evaluation('run_fine_tune_eval', 'sst2', 'partial_LAD_0_42', 'dev', 512),
     predict_test=Evaluation('generate_test_prediction', 'sst2', 'LAD_soft_5_42', 'test', ckpt=28000),
@@ -104,8 +123,7 @@ run_books['qnli'] = dict(
     fine_tune=_teacher('teacher_base', 'qnli', lr=3e-5, total_step=9822, warmup_step=3274, accum_step=2,
                        ckpt_step=1000, log_step=500),
     lad=_qnli('LAD_soft_42', 'lad'),
-    lad_user_defined=_qnli('LAD_user_defined_1_42', 'lad_user_defined', gate_indices=_down,
-                           student_indices=_up),
+    lad_user_defined=_qnli('LAD_user_defined_1_42', 'lad_user_defined', **_top_down),
     lad_cls=_qnli('lad_cls_1', 'lad_cls'),
     lad_no=_qnli('LAD_NO_soft_1_42', 'lad_no'),
     partial_lad=_qnli('partial_LAD_1_42', 'partial_lad', gate_indices=(2,)),
@@ -113,31 +131,39 @@ run_books['qnli'] = dict(
     alp_kd_hidden_v2=_qnli('ALP_KD_hidden_v2_soft_3_2_42', 'alp_kd_hidden_v2', lr=3e-4, mu=5000.),
     bert_pkd=_qnli('PKD_soft_1_46', 'bert_pkd', mu=100., seed=46),
     pkd_hidden_user_defined=_qnli('PKD_user_defined_3_42', 'pkd_hidden_user_defined', mu=100.,
-                                  teacher_indices=(3, 4, 6, 8, 11, 12), student_indices=_all),
+                                  teacher_indices=(3, 4, 6, 8, 11, 12), student_indices=_every_layer),
+)
+
+# %% ../nbs/71_run_books.ipynb #ab553f6c
+_as_trained = dict(teacher_exp='teacher_base', tckpt=9822, softmax_temp=10., soft_weight=.5, hard_weight=.5)
+run_books['qnli'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'qnli', 'LAD_soft_42', 'train', 512),
     eval_dev=Evaluation('run_fine_tune_eval', 'qnli', 'LAD_soft_42', 'dev', 512),
-    eval_dev_loss=Evaluation('eval_dev_loss', 'qnli', 'lad_cls_1', 'dev', 32, teacher_exp='teacher_base',
-                             tckpt=9822, softmax_temp=10., soft_weight=.5, hard_weight=.5, log_step=17),
+    eval_dev_loss=Evaluation('eval_dev_loss', 'qnli', 'lad_cls_1', 'dev', 32, log_step=17, **_as_trained),
     predict_test=Evaluation('generate_test_prediction', 'qnli', 'LAD_soft_42', 'test', ckpt=11000),
 )
 
 # %% ../nbs/71_run_books.ipynb #a712a49a
 _qqp = _students('qqp', 'teacher_base', 34110, gate_lr=5e-7, lr=1e-4, total_step=56850, warmup_step=5685,
                  softmax_temp=20., soft_weight=.7, hard_weight=.3, mu=500., ckpt_step=3000, log_step=100)
-_short = dict(total_step=45480, warmup_step=4548)
+_qqp_shorter = dict(total_step=45480, warmup_step=4548)
 
 # %% ../nbs/71_run_books.ipynb #f088a482
 run_books['qqp'] = dict(
-    fine_tune=_teacher('teacher_base', 'qqp', lr=2e-5, total_step=34110, warmup_step=10233, ckpt_step=11370,
-                       log_step=500),
+    fine_tune=_teacher('teacher_base', 'qqp', lr=2e-5, total_step=34110, warmup_step=10233,
+                       ckpt_step=11370, log_step=500),
     lad=_qqp('LAD_soft_1_42', 'lad'),
     lad_no=_qqp('LAD_NO_soft_2_42_3rdrun', 'lad_no', ckpt_step=1000),
-    partial_lad=_qqp('partial_LAD_5_42', 'partial_lad', gate_indices=_low5, student_indices=_all),
+    partial_lad=_qqp('partial_LAD_5_42', 'partial_lad', **_five_gates),
     alp_kd_hidden=_qqp('ALP_KD_hidden_soft_2_42', 'alp_kd_hidden', softmax_temp=10., soft_weight=.5,
-                       hard_weight=.5, ckpt_step=2000, **_short),
+                       hard_weight=.5, ckpt_step=2000, **_qqp_shorter),
     alp_kd_hidden_v2=_qqp('ALP_KD_hidden_v2_soft_2_1_65', 'alp_kd_hidden_v2', seed=65, ckpt_step=2000,
-                          **_short),
-    bert_pkd=_qqp('PKD_soft_1_65', 'bert_pkd', lr=5e-5, mu=100., **_short),
+                          **_qqp_shorter),
+    bert_pkd=_qqp('PKD_soft_1_65', 'bert_pkd', lr=5e-5, mu=100., **_qqp_shorter),
+)
+
+# %% ../nbs/71_run_books.ipynb #984c9f55
+run_books['qqp'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'qqp', 'AKD_soft_9_42', 'train', 512),
     eval_dev=Evaluation('run_fine_tune_eval', 'qqp', 'partial_LAD_0_42', 'dev', 512),
     predict_test=Evaluation('generate_test_prediction', 'qqp', 'LAD_soft_1_42', 'test', ckpt=56850),
@@ -149,14 +175,18 @@ _mnli = _students('mnli', 'teacher_base', 36816, gate_lr=1e-6, lr=1e-4, total_st
 
 # %% ../nbs/71_run_books.ipynb #8c0cd646
 run_books['mnli'] = dict(
-    fine_tune=_teacher('teacher_base', 'mnli', lr=3e-5, total_step=36816, warmup_step=10000, ckpt_step=3000,
-                       log_step=500),
+    fine_tune=_teacher('teacher_base', 'mnli', lr=3e-5, total_step=36816, warmup_step=10000,
+                       ckpt_step=3000, log_step=500),
     lad=_mnli('LAD_soft_4_6', 'lad', gate_lr=5e-7),
     lad_no=_mnli('LAD_NO_soft_1_42', 'lad_no', lr=5e-5),
-    partial_lad=_mnli('partial_LAD_5_42', 'partial_lad', gate_indices=_low5, student_indices=_all),
+    partial_lad=_mnli('partial_LAD_5_42', 'partial_lad', **_five_gates),
     alp_kd_hidden_v2=_mnli('ALP_KD_hidden_v2_soft_3_65', 'alp_kd_hidden_v2', mu=100., seed=65),
     alp_kd_hidden_v2_mu_500=_mnli('ALP_KD_hidden_soft_2_42', 'alp_kd_hidden_v2', seed=65, log_step=100),
     bert_pkd=_mnli('PKD_even_42', 'bert_pkd', lr=5e-5),
+)
+
+# %% ../nbs/71_run_books.ipynb #c6efc18d
+run_books['mnli'] |= dict(
     eval_train=Evaluation('run_fine_tune_eval', 'mnli', 'LAD_soft_4_6', 'train', 512),
     eval_dev_matched=Evaluation('run_fine_tune_eval', 'mnli', 'LAD_soft_4_6', 'dev_matched', 512),
     eval_dev_mismatched=Evaluation('run_fine_tune_eval', 'mnli', 'LAD_soft_4_6', 'dev_mismatched', 512),

@@ -35,6 +35,11 @@ def ready(recipe, root, callbacks=()):
     return assemble(resolve(recipe, root), progress=False, callbacks=callbacks)
 
 
+def names_in(root):
+    """The names of everything in a folder: what a refusal must not change."""
+    return sorted(str(p.relative_to(root)) for p in root.rglob('*'))
+
+
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow as well')
 

@@ -1,20 +1,23 @@
 """Commands as a person types them: what they print, what they refuse, and that a refusal writes nothing."""
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
-from conftest import FEW
+from conftest import FEW, ROOT, names_in, program
 from transformers import BertConfig, BertForSequenceClassification
 
 from lad_nb import cli, quickstart
+from lad_nb.experiment import run
 from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.recipes import Recipe, recipe_from_dict
-from lad_nb.experiment import run
 from lad_nb.run_books import run_books
 
-FLAGS = '--task toy --max_seq_len 32 --batch_size 16 --total_step 4 --warmup_step 1 --ckpt_step 2 --log_step 2 --device_id -1'
+FLAGS = ('--task toy --max_seq_len 32 --batch_size 16 --total_step 4 --warmup_step 1 --ckpt_step 2 '
+         '--log_step 2 --device_id -1')
 LAD = f'run_lad_distil --experiment new --teacher_exp teacher --tckpt 4 --num_hidden_layers 3 {FLAGS}'
 
 
@@ -22,9 +25,6 @@ def lad_nb(line, root, capsys):
     code = cli.main([*line.split(), '--root', str(root)] if root else line.split())
     out = capsys.readouterr()
     return code, out.out, out.err
-
-
-def contents(root): return sorted(str(p.relative_to(root)) for p in root.rglob('*'))
 
 
 REFUSED = [  # what is typed after LAD's usual flags (the last of a flag wins), what the message says
@@ -36,7 +36,7 @@ REFUSED = [  # what is typed after LAD's usual flags (the last of a flag wins), 
     ('--gate_indices 2,4 --student_indices 1', 'must be of one length'),
     ('--student_indices 1,2', 'student_indices without gate_indices'),
     ('--gate_indices 2 --teacher_indices 2 --student_indices 1', 'give one'),
-    ('--gate_indices two', 'is no list of layers'),
+    ('--gate_indices two', 'is not a list of layers'),
     ('--teacher_exp nobody', 'There are: teacher_bert_toy'),
     ('--tckpt 3', 'There are: 2, 4'),
     ('--teacher nowhere/at/all', 'no folder nowhere/at/all'),
@@ -75,41 +75,61 @@ REFUSED = [  # what is typed after LAD's usual flags (the last of a flag wins), 
 def test_refused(experiments, capsys, monkeypatch, flags, says):
     if 'gate_learning_rate' in flags: says = 'Did you mean --gate_'
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    before = contents(experiments)
+    before = names_in(experiments)
     code, out, err = lad_nb(f'{LAD} {flags}', experiments, capsys)
     assert code == 2 and says in err and out == '', err
     assert 'Traceback' not in err and err.strip().splitlines()[-1].count('error: ') == 1
-    assert contents(experiments) == before
+    assert names_in(experiments) == before
+
+
+NOT_COMMANDS = [
+    ('run_lad_distl', 'Did you mean run_lad_distil?'),
+    ('run_alp_distil --experiment x --task rte --alp_exp alp', 'invalid choice'),
+    ('run_probing_lad --experiment x --task rte', 'required: --probing_exp'),
+    ('rerun nowhere', 'no run folder'),
+    ('run_fine_tune --task rte', 'required: --experiment'),
+    ('run_fine_tune --experiment x --task toy', 'ptrain_ver'),
+    ('run_fine_tune --experiment x --task toy --gate_lr 1', 'no flag --gate_lr'),
+    ('distil --experiment x --task toy --method lda', 'Methods are: fine_tune, undistilled, lad'),
+    ('generate_test_prediction --experiment nobody --task rte', 'no experiment nobody_bert_rte'),
+]
 
 
 def test_commands_refused(tmp_path, capsys):
-    for line, says in [('run_lad_distl', 'Did you mean run_lad_distil?'), ('run_alp_distil --experiment x --task rte --alp_exp alp', 'invalid choice'),
-                       ('run_probing_lad --experiment x --task rte', 'required: --probing_exp'), ('rerun nowhere', 'no run folder'), ('run_fine_tune --task rte', 'required: --experiment'),
-                       ('run_fine_tune --experiment x --task toy', 'ptrain_ver'), ('run_fine_tune --experiment x --task toy --gate_lr 1', 'no flag --gate_lr'),
-                       ('distil --experiment x --task toy --method lda', 'Methods are: fine_tune, undistilled, lad'),
-                       ('generate_test_prediction --experiment nobody --task rte', 'no experiment nobody_bert_rte')]:
+    for line, says in NOT_COMMANDS:
         code, out, err = lad_nb(line, None if line.startswith('rerun') else tmp_path, capsys)
         assert code == 2 and says in err and 'Traceback' not in err, err
-    assert not contents(tmp_path)
+    assert not names_in(tmp_path)
+
+
+def teacher_of(folder, labels, vocab_size=30522):
+    """A small teacher that is not this task's, and the command that would learn from it."""
+    sizes = dict(hidden_size=24, num_hidden_layers=6, num_attention_heads=12, intermediate_size=24)
+    named = dict(id2label=dict(enumerate(labels)), label2id={l: i for i, l in enumerate(labels)})
+    config = BertConfig(vocab_size=vocab_size, num_labels=len(labels), **sizes, **named)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    load_tokenizer(SMALL).save_pretrained(folder)
+    return f'{LAD} --ptrain_ver {SMALL} --teacher {folder}'
+
+
+OTHER_TEACHERS = [  # labels, further arguments, what the message says
+    (['a', 'b', 'c'], [], 'has 3 labels (a, b, c), the task toy has 2'),
+    (['no', 'yes'], [], "answers ['no', 'yes']"),
+    (['not_entailment', 'entailment'], [], "the task toy means ['entailment', 'not_entailment']"),
+    (['entailment', 'not_entailment'], [40000], "teacher's 40000"),
+]
 
 
 def test_other_labels_and_other_vocabularies(experiments, tmp_path, capsys):
     """Teachers that would train without complaint and teach nonsense."""
-    def teacher(name, labels, vocab_size=30522):
-        BertForSequenceClassification(BertConfig(vocab_size=vocab_size, hidden_size=24, num_hidden_layers=6, num_attention_heads=12, intermediate_size=24, num_labels=len(labels),
-                                                 id2label=dict(enumerate(labels)), label2id={l: i for i, l in enumerate(labels)})).save_pretrained(tmp_path/name)
-        load_tokenizer(SMALL).save_pretrained(tmp_path/name)
-        return f'{LAD} --ptrain_ver {SMALL} --teacher {tmp_path/name}'
-    for line, says in [(teacher('three', ['a', 'b', 'c']), 'has 3 labels (a, b, c), the task toy has 2'), (teacher('other', ['no', 'yes']), "answers ['no', 'yes']"),
-                       (teacher('swapped', ['not_entailment', 'entailment']), "the task toy means ['entailment', 'not_entailment']"),
-                       (teacher('words', ['entailment', 'not_entailment'], 40000), "teacher's 40000")]:
-        code, out, err = lad_nb(line, experiments, capsys)
+    for i, (labels, vocab_size, says) in enumerate(OTHER_TEACHERS):
+        code, out, err = lad_nb(teacher_of(tmp_path/str(i), labels, *vocab_size), experiments, capsys)
         assert code == 2 and says in err, err
     tokenizer = load_tokenizer(SMALL)
-    teacher('tokens', ['entailment', 'not_entailment'])
+    line = teacher_of(tmp_path/'tokens', ['entailment', 'not_entailment'])
     vocab = tmp_path/'tokens'/'tokenizer.json'
     vocab.write_text(vocab.read_text().replace('"dog"', '"dogdogdog"'))
-    code, out, err = lad_nb(f'{LAD} --ptrain_ver {SMALL} --teacher {tmp_path/"tokens"}', experiments, capsys)
+    code, out, err = lad_nb(line, experiments, capsys)
     assert code == 2 and 'different vocabularies' in err and len(tokenizer) == 30522
     assert not (experiments/'new_bert_toy').exists()
 
@@ -118,20 +138,27 @@ def test_a_folder_that_exists_and_a_device_that_does_not(experiments, capsys):
     line = LAD.replace('new', 'twice').replace('--device_id -1', '--device_id 7')
     code, out, err = lad_nb(line, experiments, capsys)
     assert code == 0 and 'warning: There is no CUDA device 7' in err, err
-    before = contents(experiments)
+    before = names_in(experiments)
     code, out, err = lad_nb(line, experiments, capsys)
-    assert code == 2 and '--resume' in err and contents(experiments) == before
+    assert code == 2 and '--resume' in err and names_in(experiments) == before
     assert lad_nb(line + ' --resume', experiments, capsys)[0] == 0
 
 
-BAD_ROWS = {'line 3: 3 fields; 4 were expected': '1\tonly one\tentailment', 'line 3: 5 fields': '1\ta\tb\tc\tentailment', "line 3: the label is 'maybe'": '1\ta\tb\tmaybe'}
+HEADER, GOOD = 'index\tsentence1\tsentence2\tlabel', '0\tIt rains.\tIt is wet.\tentailment'
+BAD_TSV = {  # what the message says: the file's lines
+    'line 3: 3 fields; 4 were expected': [HEADER, GOOD, '1\tonly one\tentailment'],
+    'line 3: 5 fields': [HEADER, GOOD, '1\ta\tb\tc\tentailment'],
+    "line 3: the label is 'maybe'": [HEADER, GOOD, '1\ta\tb\tmaybe'],
+    'no rows': [HEADER],
+    "no column 'sentence2'": ['index\tsentence1\tlabel', GOOD],
+    'no file': None,
+}
 
 
-@pytest.mark.parametrize('says', [*BAD_ROWS, 'no rows', "no column 'sentence2'", 'no file'])
+@pytest.mark.parametrize('says', BAD_TSV)
 def test_bad_tsv(experiments, tmp_path, capsys, says):
-    header, good = 'index\tsentence1\tsentence2\tlabel', '0\tIt rains.\tIt is wet.\tentailment'
-    lines = [header, good, BAD_ROWS[says]] if says in BAD_ROWS else [header] if says == 'no rows' else ['index\tsentence1\tlabel', good]
-    if says != 'no file': (tmp_path/'train.tsv').write_text('\n'.join(lines) + '\n')
+    lines = BAD_TSV[says]
+    if lines is not None: (tmp_path/'train.tsv').write_text('\n'.join(lines) + '\n')
     code, out, err = lad_nb(f'{LAD} --data_dir {tmp_path}', experiments, capsys)
     assert code == 2 and says in err and 'train.tsv' in err, err
     assert not (experiments/'new_bert_toy').exists()
@@ -139,39 +166,47 @@ def test_bad_tsv(experiments, tmp_path, capsys, says):
 
 def test_a_run_is_scored_and_predicts(experiments, lad, capsys):
     folder = run(lad.replace(experiment='scored'), experiments, progress=False)
-    code, out, err = lad_nb('run_fine_tune_eval --experiment scored --task toy --dataset dev --device_id -1', experiments, capsys)
+    score = 'run_fine_tune_eval --experiment scored --task toy --dataset dev --device_id -1'
+    code, out, err = lad_nb(score, experiments, capsys)
     assert code == 0 and 'best on dev: checkpoint' in out
     table = pd.read_csv(folder/'eval-dev.csv')
     assert list(table.columns) == ['step', 'accuracy'] and list(table.step) == [2, 4]
-    code, out, err = lad_nb('generate_test_prediction --experiment scored --task toy --ckpt 2 --device_id -1', experiments, capsys)
+    predict = 'generate_test_prediction --experiment scored --task toy'
+    code, out, err = lad_nb(f'{predict} --ckpt 2 --device_id -1', experiments, capsys)
     lines = (folder/'predictions'/'checkpoint-2'/'toy.tsv').read_text().splitlines()
-    assert lines[0] == 'index\tprediction' and len(lines) == 1001 and {x.split('\t')[1] for x in lines[1:]} <= {'entailment', 'not_entailment'}
-    code, out, err = lad_nb('generate_test_prediction --experiment scored --task toy --ckpt 3', experiments, capsys)
+    assert lines[0] == 'index\tprediction' and len(lines) == 1001
+    assert {x.split('\t')[1] for x in lines[1:]} <= {'entailment', 'not_entailment'}
+    code, out, err = lad_nb(f'{predict} --ckpt 3', experiments, capsys)
     assert code == 2 and 'There are: 2, 4' in err
 
 
 def test_faithful_or_ours(experiments, capsys):
     planned = lambda more: json.loads(lad_nb(f'{LAD} --dry_run {more}', experiments, capsys)[1])
     faithful, ours = planned(''), planned('--no-faithful')
-    for p, norm, padding, masked, embeddings in [(faithful, 'sequence', 'max_length', False, False), (ours, 'token', 'longest', True, True)]:
-        assert (p['norm'], p['data']['padding'], p['loss']['mask_padding'], p['student']['copy_embeddings']) == (norm, padding, masked, embeddings)
-    assert planned('--copy_embeddings')['student']['copy_embeddings'] and faithful['missing'] == []
-    assert planned('--hidden_mse_weight 7')['loss']['mu'] == 7
+    names = ('norm', 'padding', 'mask_padding', 'copy_embeddings')
+    found = [tuple(p['recipe'][name] for name in names) for p in (faithful, ours)]
+    assert found == [('sequence', 'max_length', False, False), ('token', 'longest', True, True)]
+    assert planned('--copy_embeddings')['recipe']['copy_embeddings'] and faithful['missing'] == []
+    assert planned('--hidden_mse_weight 7')['recipe']['mu'] == 7
     assert planned('--reverse_gate')['mapping']['segments'] == [[6, 5, 4, 3, 2, 1]]
-    assert planned('--epoch 2 --warmup_rate .25')['schedule']['student'] == dict(warmup_step=94, total_step=375)  # rounded, of 3,000 rows
+    in_epochs = planned('--epoch 2 --warmup_rate .25')['schedule']['student']
+    assert in_epochs == dict(warmup_step=94, total_step=375)  # rounded, of 3,000 rows
     assert not (experiments/'new_bert_toy').exists()
 
 
 @pytest.mark.parametrize('flags, rows, counted', [
-    ('--epoch 10 --warmup_rate .1', 2490, (778, 78)), ('--epoch 10 --batch_size 2490', 2490, (10, 1)),  # RTE as the later release trains it
-    ('--epoch .001 --warmup_rate 0', 2490, (1, 1)), ('--epoch 3 --warmup_rate .5', 64, (6, 3))])
+    ('--epoch 10 --warmup_rate .1', 2490, (778, 78)),  # RTE as the later release trains it
+    ('--epoch 10 --batch_size 2490', 2490, (10, 1)),
+    ('--epoch .001 --warmup_rate 0', 2490, (1, 1)),
+    ('--epoch 3 --warmup_rate .5', 64, (6, 3))])
 def test_epochs_count_as_in_the_later_release(glue, tmp_path, monkeypatch, capsys, flags, rows, counted):
     monkeypatch.setenv('LAD_NB_GLUE', str(glue)); monkeypatch.chdir(tmp_path)
-    line = f'run_lad_distil --experiment e --task rte --train_size {rows} --num_hidden_layers 6 --teacher_exp t --warmup_step 1 --dry_run {flags}'
-    code, out, err = lad_nb(line, None, capsys)
+    lad = 'run_lad_distil --experiment e --task rte --num_hidden_layers 6 --teacher_exp t --warmup_step 1'
+    code, out, err = lad_nb(f'{lad} --dry_run --train_size {rows} {flags}', None, capsys)
     assert code == 0, err
     schedule = json.loads(out)['schedule']
-    assert (schedule['student']['total_step'], schedule['student']['warmup_step']) == counted and schedule['gates'] == schedule['student']
+    assert (schedule['student']['total_step'], schedule['student']['warmup_step']) == counted
+    assert schedule['gates'] == schedule['student']
 
 
 def test_quickstart_leaves_what_it_says(tmp_path, monkeypatch, capsys):
@@ -180,18 +215,55 @@ def test_quickstart_leaves_what_it_says(tmp_path, monkeypatch, capsys):
     code, out, err = lad_nb('quickstart', tmp_path/'q', capsys)
     assert code == 0, err
     table = pd.read_csv(tmp_path/'q'/'table.csv', index_col=0)
-    assert list(table.index) == ['teacher', 'student', 'undistilled'] and list(table.columns) == ['dev accuracy', 'parameters', 'MB on disk', 'ms a sentence']
+    assert list(table.index) == ['teacher', 'student', 'undistilled']
+    assert list(table.columns) == ['dev accuracy', 'parameters', 'MB on disk', 'ms a sentence']
     assert (tmp_path/'q'/'gate_shares.png').stat().st_size > 10_000
     code, out, err = lad_nb('quickstart', tmp_path/'q', capsys)
     assert code == 2 and '--resume' in err
 
 
 def test_installed_command():
-    done = subprocess.run([sys.executable, '-c', 'import sys; from lad_nb.cli import main; sys.exit(main())', 'run_lad_distil', '--helpp'], capture_output=True, text=True)
+    command = [sys.executable, '-m', 'lad_nb', 'run_lad_distil', '--helpp']
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
 
 
+ONE_LINE = "    patience: int = setting(3, 'scores without a gain before training stops', COUNT)\n"
+TRAINING = ['run_fine_tune', 'run_lad_distil', 'run_probing_lad', 'run_lad_no_distil', 'run_alp_distil',
+            'run_pkd_distill', 'run_probing', 'distil']
+
+
+@pytest.fixture(scope='module')
+def new_field(tmp_path_factory):
+    """What a copy of the library says of a field that was added to it, in one line of one file."""
+    folder = tmp_path_factory.mktemp('new_field')
+    shutil.copytree(ROOT/'lad_nb', folder/'lad_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    recipes = folder/'lad_nb'/'recipes.py'
+    before, seed, after = recipes.read_text().partition('    seed: int = ')
+    recipes.write_text(before + ONE_LINE + seed + after)
+    there = os.environ | dict(PYTHONPATH=str(folder))
+    done = program('new_field.py', cwd=folder, env=there)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_new_field_is_a_checked_flag_with_help_and_in_the_tables(new_field):
+    assert list(new_field['help']) == TRAINING
+    what = 'scores without a gain before training stops'
+    assert all(f'{what} (default 3)' in said for said in new_field['help'].values())
+    code, out, err = new_field['refused']
+    assert code == 2 and 'patience is 0; a whole number from 1' in err and out == ''
+    assert new_field['row'] == [5, 3, what]
+    assert new_field['columns'] == ['patience']
+
+
+def test_a_new_field_is_in_the_plan(new_field):
+    code, out, err = new_field['planned']
+    assert code == 0 and '"patience": 5' in out, err
+
+
 def test_recipes_travel():
-    for recipe in [r for book in run_books.values() for r in book.values() if isinstance(r, Recipe)]:
-        assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    for book in run_books.values():
+        for recipe in [r for r in book.values() if isinstance(r, Recipe)]:
+            assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert FEW['task'] == 'toy'

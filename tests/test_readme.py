@@ -4,21 +4,30 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, program
 from make_readme import readme
 
 
 def test_readme_is_made_from_the_index():
-    assert (ROOT/'README.md').read_text() == readme(), 'README.md is not what nbs/index.ipynb makes: run python tests/make_readme.py'
+    what = 'README.md is not what nbs/index.ipynb makes: run python tests/make_readme.py'
+    assert (ROOT/'README.md').read_text() == readme(), what
 
 
 def test_links_lead_somewhere():
-    links = [link for link in re.findall(r'\]\(([^)#]+)\)', (ROOT/'README.md').read_text()) if not link.startswith('http')]
+    links = re.findall(r'\]\((?!http)([^)#]+)\)', (ROOT/'README.md').read_text())
     assert len(links) > 12 and not [link for link in links if not (ROOT/link).exists()]
+
+
+def markdown(path):
+    """The markdown cells of a notebook."""
+    cells = json.loads(path.read_text())['cells']
+    return '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+
+
+def test_links_of_notebooks_lead_somewhere():
     lost, found = [], 0
     for path in (ROOT/'nbs').rglob('*.ipynb'):
-        text = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown')
-        for link in re.findall(r'\]\((?!https?:|#)([^)#\s]+)', text):
+        for link in re.findall(r'\]\((?!https?:|#)([^)#\s]+)', markdown(path)):
             found += 1
             if not (path.parent/link).exists(): lost.append(f'{path.name}: {link}')
     assert found > 100 and not lost
@@ -29,10 +38,10 @@ def test_commands_of_the_readme_parse():
     lines = re.findall(r'^lad-nb (run_(?!fine_tune_eval).*)$', (ROOT/'README.md').read_text(), re.M)
     assert len(lines) == 2
     for line in lines:
-        done = subprocess.run([sys.executable, '-c', 'import sys; from lad_nb.cli import main; sys.exit(main())', *line.split(), '--dry_run'], capture_output=True, text=True)
+        command = [sys.executable, '-m', 'lad_nb', *line.split(), '--dry_run']
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
 def test_package_needs_no_nbdev():
-    code = "import sys; sys.modules['nbdev'] = None\nimport lad_nb.cli"
-    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+    assert program('without_nbdev.py').returncode == 0

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 
 from lad_nb import cli
-from lad_nb.models import SMALL
+from lad_nb.models import SMALL, local_model
 from lad_nb.tasks import get_task, tasks
-from lad_nb.recipes import Evaluation, Recipe
+from lad_nb.recipes import Evaluation, Recipe, kind_of
 from lad_nb.run_books import run_books
 
 SHARED = Path(__file__).parents[2]/'shared'
@@ -64,12 +64,18 @@ BERT_BASE = dict(d_model=768, d_ff=3072, num_attention_heads=12, type_vocab_size
 SAME = dict(gate_total_step='total_step', gate_warmup_step='warmup_step')  # None is the student's
 
 
+def trains(command): return command not in ('run_fine_tune_eval', 'generate_test_prediction', 'eval_dev_loss')
+
+
+def value_of(command): return Recipe if trains(command) else Evaluation
+
+
 def meant(flag, text, command):
     """The field that a flag sets, and the value that its text has there."""
     if flag in ('probing_exp', 'alp_exp'): return 'method', text.replace('-', '_')
     if flag.endswith('_indices'): return flag, tuple(int(k) for k in text.split(','))
     flag = dict(texperiment='teacher_exp').get(flag, flag)
-    kind = next(f.type for f in fields(Recipe if command in cli._training else Evaluation) if f.name == flag)
+    kind = next(kind_of(f) for f in fields(value_of(command)) if f.name == flag)
     return flag, kind(text)
 
 
@@ -82,7 +88,7 @@ def held(value, field):
 
 def in_the_book(task, command, flags):
     """The one value of `run_books` that is this command."""
-    kind = Recipe if command in cli._training else Evaluation
+    kind = value_of(command)
     found = [r for r in run_books[task].values() if (type(r), r.experiment) == (kind, flags['experiment'])]
     if kind is Evaluation: found = [r for r in found if (r.command, r.dataset) == (command, flags['dataset'])]
     assert len(found) == 1, found
@@ -91,8 +97,8 @@ def in_the_book(task, command, flags):
 
 def made(command, flags):
     """What the command line makes of a command."""
-    name, args = cli.parse(line_of(command, flags))
-    return (cli.recipe_of if command in cli._training else cli.evaluation_of)(name, args)
+    args = cli.parse(line_of(command, flags))
+    return (cli.recipe_of if trains(command) else cli.evaluation_of)(args)
 
 
 @needs_sheet
@@ -134,23 +140,26 @@ def test_resolves_as_written(row, tmp_path, monkeypatch, capsys):
     there = (glue/tasks[task].folder).is_dir()
     assert missing.pop('data', 0) == (0 if there else 1)
     if not there: assert any(f'no folder {tasks[task].folder}' in said for said in planned['missing'])
-    if command not in cli._training:
+    if not trains(command):
         assert missing == dict(experiment=1) | (dict(teacher=1) if command == 'eval_dev_loss' else {})
         assert planned['splits'] == [flags['dataset']] and planned['batch_size'] == int(flags['batch_size'])
     else:
-        assert missing == ({} if command == 'run_fine_tune' else dict(teacher=1))
+        lacking = 'encoder' if command == 'run_fine_tune' else 'teacher'
+        there = lacking == 'encoder' and local_model(flags['ptrain_ver']) is not None
+        assert missing == ({} if there else {lacking: 1})
         resolved(planned, command, flags)
     assert not list(tmp_path.iterdir())
 
 
 def resolved(planned, command, flags):
     steps = dict(warmup_step=int(flags['warmup_step']), total_step=int(flags['total_step']))
-    assert planned['schedule']['student'] == steps and planned['seed'] == int(flags['seed'])
-    assert planned['optimiser']['student']['lr'] == float(flags['lr'])
-    assert ('gates' in planned['optimiser']) == ('gate_lr' in flags)
+    recipe = planned['recipe']
+    assert planned['schedule']['student'] == steps and recipe['seed'] == int(flags['seed'])
+    assert recipe['lr'] == float(flags['lr'])
+    assert ('gates' in planned['schedule']) == ('gate_lr' in flags)
     if command == 'run_fine_tune': return
     mapping, M = planned['mapping'], int(flags['num_hidden_layers'])
-    assert planned['teacher']['num_hidden_layers'] == 12 and planned['loss']['mu'] == float(flags['mu'])
+    assert mapping['T'] == 12 and recipe['mu'] == float(flags['mu'])
     lists = [flags[k].split(',') for k in ('gate_indices', 'teacher_indices') if k in flags]
     user_defined = 'user_defined' in flags.get('probing_exp', '')
     assert len(mapping['reads']) == (len(lists[0]) if user_defined else M)
@@ -159,7 +168,7 @@ def resolved(planned, command, flags):
         pairs = zip(flags['student_indices'].split(','), lists[0])
         assert mapping['reads'] == [f'{m} <- {source} {k}' for m, k in pairs]
     if 'partial' in flags['experiment']: assert mapping['reads'][-1] == '6 <- layer 12'
-    if flags.get('probing_exp') == 'lad_cls': assert (mapping['on'], planned['norm']) == ('cls', 'token')
+    if flags.get('probing_exp') == 'lad_cls': assert (mapping['on'], recipe['norm']) == ('cls', 'token')
 
 
 def test_what_the_books_ask_for_is_what_they_train():
@@ -221,7 +230,7 @@ def test_in_order_on_the_real_rte(glue, tmp_path, monkeypatch, capsys):
         folder = Path('experiments')/f"{flags['--experiment']}_bert_rte"
         assert (folder/'model.safetensors').is_file()
         saved = ['checkpoint-2', 'checkpoint-3']
-        if words[0] in cli._training: assert sorted(p.name for p in folder.glob('checkpoint-*')) == saved
+        if trains(words[0]): assert sorted(p.name for p in folder.glob('checkpoint-*')) == saved
     scored = Path('experiments')/'LAD_soft_3_26_bert_rte'
     for split in ('train', 'dev'): assert list(pd.read_csv(scored/f'eval-{split}.csv').step) == [2, 3]
     predictions = (scored/'predictions'/'checkpoint-3'/'RTE.tsv').read_text().splitlines()

@@ -1,4 +1,5 @@
-"""Settings of a wrong type or size are refused in words when they are given, before anything is built; what is meant is taken."""
+"""Settings of a wrong type or size are refused in words when they are given, before anything is built;
+what is meant is taken."""
 import json
 import os
 import signal
@@ -11,21 +12,21 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, names_in, program
 
 from lad_nb.benchmark import benchmark
-from lad_nb.cli import main
-from lad_nb.cli import parse, recipe_of
+from lad_nb.cli import main, parse, recipe_of
 from lad_nb.data import read_tsv
-from lad_nb.recipes import Recipe, recipe_from_dict
-from lad_nb.experiment import open_run, rerun, run
-from lad_nb.sources import training_bytes
 from lad_nb.encoders import load_encoder
-from lad_nb.students import make_student
-from lad_nb.runs import find_checkpoint
-from lad_nb.values import Range, shown
+from lad_nb.experiment import open_run, rerun, run
+from lad_nb.models import SMALL
 from lad_nb.panel import Panel
+from lad_nb.recipes import Recipe, kind_of, recipe_from_dict
+from lad_nb.runs import find_checkpoint
+from lad_nb.sources import training_bytes
 from lad_nb.stepper import Stepper
+from lad_nb.students import make_student
+from lad_nb.values import Range, shown
 
 pytestmark = pytest.mark.faults
 
@@ -33,14 +34,14 @@ TYPES = [(dict(length_groups='no'), 'True or False'), (dict(copy_embeddings='fal
          (dict(reverse_gate='yes'), 'True or False'), (dict(mask_padding=0), 'True or False'),
          (dict(batch_size=True), 'a whole number from 1'), (dict(batch_size=32.), 'a whole number from 1'),
          (dict(seed='42'), 'a whole number from 0'), (dict(tckpt='2'), 'a whole number from 1'),
-         (dict(lr='3e-4'), 'a number above 0'), (dict(mu=True), 'a number from 0'), (dict(lr=None), 'a number above 0'),
-         (dict(experiment=5), 'text'), (dict(teacher=['a']), 'text'), (dict(gate_indices='246'), 'a list of whole numbers'),
-         (dict(gate_indices=(2, 4.)), 'a list of whole numbers'), (dict(student_init={1: 'two'}), 'a whole number from 1'),
+         (dict(lr='3e-4'), 'a number above 0'), (dict(mu=True), 'a number from 0'),
+         (dict(lr=None), 'a number above 0'), (dict(experiment=5), 'text'), (dict(teacher=['a']), 'text'),
+         (dict(gate_indices='246'), 'a list of whole numbers'),
+         (dict(gate_indices=(2, 4.)), 'a list of whole numbers'),
+         (dict(student_init={1: 'two'}), 'a whole number from 1'),
          (dict(student_init=3), "'even', 'first', "), (dict(bad_rows='drop'), "'raise' or 'skip'"),
-         (dict(precision='fp16'), "'fp32', 'bf16' or 'auto'"), (dict(init_from='gate'), "'pretrained' or 'teacher'")]
-
-
-def contents(root): return sorted(str(p) for p in root.rglob('*'))
+         (dict(precision='fp16'), "'fp32', 'bf16' or 'auto'"),
+         (dict(init_from='gate'), "'pretrained' or 'teacher'")]
 
 
 @pytest.mark.parametrize('change, says', TYPES, ids=[str(c) for c, _ in TYPES])
@@ -49,32 +50,35 @@ def test_a_wrong_type_is_refused(quick, tmp_path, change, says):
     with pytest.raises(ValueError, match=f'{name} is .*{says}.* was expected'):
         run(quick.replace(**change), tmp_path, progress=False)
     with pytest.raises(ValueError, match=f'{name} is .*{says}'): recipe_from_dict(quick.to_dict() | change)
-    assert not contents(tmp_path)
+    assert not names_in(tmp_path)
 
 
 def test_what_is_meant_is_taken(quick, tiny):
     """Numbers of numpy, arrays and paths become Python's own."""
-    recipe = quick.replace(seed=np.int64(7), lr=np.float32(.5), mask_padding=np.bool_(False), teacher=Path(tiny),
-                           ptrain_ver=Path(tiny), gate_indices=np.array([2, 4]), student_indices=[1, 2], data_dir=Path('x'))
+    recipe = quick.replace(seed=np.int64(7), lr=np.float32(.5), mask_padding=np.bool_(False),
+                           teacher=Path(tiny), ptrain_ver=Path(tiny), data_dir=Path('x'),
+                           gate_indices=np.array([2, 4]), student_indices=[1, 2])
     assert (recipe.seed, recipe.lr, recipe.mask_padding, recipe.gate_indices) == (7, .5, False, (2, 4))
     assert (type(recipe.seed), type(recipe.lr), type(recipe.mask_padding)) == (int, float, bool)
     assert (recipe.teacher, recipe.ptrain_ver, recipe.data_dir) == (str(tiny), str(tiny), 'x')
     assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
-NUMBERS = [f for f in fields(Recipe) if f.type in (int, float)]
+NUMBERS = [f for f in fields(Recipe) if kind_of(f) in (int, float)]
 
 
 @pytest.mark.parametrize('field', NUMBERS, ids=lambda f: f.name)
 def test_every_number_has_bounds(field):
-    """A field that comes later has them, too: its metadata says what is allowed, and the message repeats it."""
-    allowed = field.metadata['allowed']
+    """A field that comes later has them, too: its metadata says what is allowed; the message repeats it."""
+    allowed, kind = field.metadata['allowed'], kind_of(field)
     assert isinstance(allowed, Range) and (field.default is None or field.default in allowed)
-    step = 1 if field.type is int else 1e-6
-    for value in (allowed.low - step, allowed.high*(1 + step) + step, 10**20, 10**5000, -10**20, float('nan'), float('inf')):
-        if field.type is int and isinstance(value, float) and value.is_integer(): value = int(value)
-        with pytest.raises(ValueError, match=f'{field.name} is .*number {allowed.__str__()[:4]}'): Recipe(**{field.name: value})
-    inside = field.type(allowed.high if not allowed.below else allowed.low)
+    step = 1 if kind is int else 1e-6
+    beside = allowed.low - step, allowed.high*(1 + step) + step
+    for value in (*beside, 10**20, 10**5000, -10**20, float('nan'), float('inf')):
+        if kind is int and isinstance(value, float) and value.is_integer(): value = int(value)
+        with pytest.raises(ValueError, match=f'{field.name} is .*number {allowed.__str__()[:4]}'):
+            Recipe(**{field.name: value})
+    inside = kind(allowed.high if not allowed.below else allowed.low)
     assert getattr(Recipe(**{field.name: inside}), field.name) == inside
 
 
@@ -93,7 +97,7 @@ SIZES = [(dict(max_seq_len=-1), 'max_seq_len is -1; a whole number from 4'),
 def test_sizes_that_cannot_work(quick, tmp_path, change, says):
     before = psutil.Process().memory_info().rss
     with pytest.raises(ValueError, match=says): run(quick.replace(**change), tmp_path, progress=False)
-    assert not contents(tmp_path) and psutil.Process().memory_info().rss < before + 2**28
+    assert not names_in(tmp_path) and psutil.Process().memory_info().rss < before + 2**28
 
 
 def test_the_bytes_that_are_named_are_those_of_the_student(tiny, quick):
@@ -107,7 +111,7 @@ def test_the_bytes_that_are_named_are_those_of_the_student(tiny, quick):
 
 
 def test_pairs_of_layers(quick, tmp_path):
-    """What our own messages recommend trains, is written down, read back with its numbers, run again and resumed."""
+    """What our own messages recommend trains, is written down, read back as numbers, run again, resumed."""
     recipe = quick.replace(experiment='pairs', student_init={1: 1, 2: 3})
     folder = run(recipe, tmp_path, progress=False)
     assert json.loads((folder/'recipe.json').read_text())['recipe']['student_init'] == {'1': 1, '2': 3}
@@ -119,32 +123,35 @@ def test_pairs_of_layers(quick, tmp_path):
     assert (other/'model.safetensors').read_bytes() != (folder/'model.safetensors').read_bytes()
     with pytest.raises(ValueError, match='cannot go on with another recipe: student_init'):
         run(recipe.replace(student_init={1: 1, 2: 4}), tmp_path, resume=True, progress=False)
-    typed = recipe_of(*parse('run_lad_distil --experiment x --task toy --student_init 1:1,2:3'.split()))
+    typed = recipe_of(parse('run_lad_distil --experiment x --task toy --student_init 1:1,2:3'.split()))
     assert typed.student_init == {1: 1, 2: 3}
 
 
 def test_a_step_that_is_text(quick, tmp_path):
     folder = run(quick, tmp_path, progress=False)
-    with pytest.raises(ValueError, match="step of a checkpoint is '2'; a whole number"): find_checkpoint(folder, '2')
-    with pytest.raises(ValueError, match="step of a checkpoint is '2'; a whole number"): open_run(folder, '2')
+    for find in (find_checkpoint, open_run):
+        with pytest.raises(ValueError, match="step of a checkpoint is '2'; a whole number"): find(folder, '2')
     assert find_checkpoint(folder, np.int64(2)).name == 'checkpoint-2'
 
 
-TYPED = [('--lr ٣', "'٣' is not a number"), ('--lr 1_0', "'1_0' is not a number"), ('--batch_size ٣', "'٣' is not a whole number"),
+TYPED = [('--lr ٣', "'٣' is not a number"), ('--lr 1_0', "'1_0' is not a number"),
+         ('--batch_size ٣', "'٣' is not a whole number"),
          ('--batch_size 1_6', "'1_6' is not a whole number"), ('--seed 1.0', "'1.0' is not a whole number"),
          ('--lr ' + '9'*400, 'lr is inf'), ('--batch_size ' + '9'*400, 'is not a whole number'),
-         ('--fast --faithful', '--fast and --faithful contradict'), ('--student_init 1:x', "'even', 'first', 'paired', pairs")]
+         ('--fast --faithful', '--fast and --faithful contradict'),
+         ('--student_init 1:x', "'even', 'first', 'paired', pairs")]
 
 
 @pytest.mark.parametrize('flags, says', TYPED, ids=[f[:20] for f, _ in TYPED])
 def test_flags_as_they_are_typed(tmp_path, capsys, flags, says):
     code = main(f'run_lad_distil --experiment x --task toy --root {tmp_path} {flags}'.split())
     err = capsys.readouterr().err
-    assert code == 2 and says in err and len(err.strip().splitlines()) == 1 and not contents(tmp_path)
+    assert code == 2 and says in err and len(err.strip().splitlines()) == 1 and not names_in(tmp_path)
 
 
-@pytest.mark.parametrize('line', ['benchmark --batch_size 0', 'benchmark --rows -3', 'benchmark --max_seq_len -1', 'benchmark --rounds 0',
-                                  'run_fine_tune_eval --experiment x --task toy --batch_size 0'])
+@pytest.mark.parametrize('line', [
+    'benchmark --batch_size 0', 'benchmark --rows -3', 'benchmark --max_seq_len -1', 'benchmark --rounds 0',
+    'run_fine_tune_eval --experiment x --task toy --batch_size 0'])
 def test_sizes_of_other_commands(capsys, line):
     code, err = main(line.split()), capsys.readouterr().err
     assert code == 2 and 'a whole number from' in err and len(err.strip().splitlines()) == 1
@@ -165,7 +172,8 @@ def test_what_is_echoed_is_harmless(tmp_path, capsys, quick):
     assert shown(EVIL) in str(e.value)
     (tmp_path/f'x{EVIL}_bert_toy').mkdir()
     (tmp_path/f'x{EVIL}_bert_toy'/'recipe.json').write_text('{}')
-    lines = [f'run_fine_tune --experiment x --task rte --ptrain_ver all-minilm-l6-v2 --root {tmp_path} --data_dir {tmp_path/EVIL}',
+    teacher = f'run_fine_tune --experiment x --task rte --ptrain_ver {SMALL} --root {tmp_path}'
+    lines = [f'{teacher} --data_dir {tmp_path/EVIL}',
              f'run_fine_tune_eval --experiment y --task toy --root {tmp_path}', f'rerun {tmp_path/EVIL}']
     for line in lines:
         code, (out, err) = main(line.split(' ')), capsys.readouterr()
@@ -187,7 +195,8 @@ def test_a_stepper_on_a_finished_run(quick, tmp_path):
 
 
 def start(words, **env):
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=os.environ | env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
@@ -202,7 +211,8 @@ def wait_for(what, process, seconds=60):
 @pytest.mark.parametrize('library', ['libtorch', 'pyarrow'])
 def test_interrupted_while_it_starts(library, tmp_path):
     """Ctrl-C in the seconds of importing: one line, the shell's exit code, no traceback."""
-    process = start(['-m', 'lad_nb', 'run_lad_distil', '--experiment', 'x', '--task', 'toy', '--root', str(tmp_path)])
+    line = f'-m lad_nb run_lad_distil --experiment x --task toy --root {tmp_path}'
+    process = start(line.split())
     wait_for(lambda: library in Path(f'/proc/{process.pid}/maps').read_text(), process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -211,10 +221,11 @@ def test_interrupted_while_it_starts(library, tmp_path):
 
 def test_the_console_command_starts_lightly():
     """What pip installs is the door that is open before the imports."""
-    said = dict(line.split(' = ', 1) for line in (ROOT/'settings.ini').read_text().splitlines() if ' = ' in line)
+    lines = (ROOT/'settings.ini').read_text().splitlines()
+    said = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
     assert said['console_scripts'] == 'lad-nb=lad_nb.__main__:main'
-    code = 'import sys, lad_nb.__main__; print(sorted({"torch", "transformers", "pandas"} & set(sys.modules)))'
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == '[]'
+    done = program('starts_lightly.py', cwd=ROOT)
+    assert (done.stdout.strip(), done.stderr) == ('[]', '')
 
 
 def test_a_benchmark_that_is_interrupted_twice(tmp_path):
@@ -226,4 +237,4 @@ def test_a_benchmark_that_is_interrupted_twice(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT) and err.strip() == 'lad-nb: interrupted', err
-    assert not [p for p in tmp_path.rglob('*') if p.is_file()], contents(tmp_path)
+    assert not [p for p in tmp_path.rglob('*') if p.is_file()], names_in(tmp_path)
