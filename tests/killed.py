@@ -22,7 +22,7 @@ EVENTS = ('open', 'os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'os.truncate
 
 def study(name, model, updates):
     few = dict(task='toy', train_size=160, max_seq_len=32, batch_size=16, ckpt_step=5, log_step=3, device_id=-1)
-    return Study(name, Recipe(name, num_hidden_layers=2, ptrain_ver=model, total_step=updates, warmup_step=6, lr=1e-3, gate_lr=1e-3, **few | FAST | dict(precision='fp32')), looks=(), seeds=(42,),
+    return Study(name, Recipe(name, num_hidden_layers=2, ptrain_ver=model, total_step=updates, warmup_step=6, lr=1e-3, gate_lr=1e-3, **few | FAST | dict(precision='fp32')), snapshots=(), seeds=(42,),
                  teachers=dict(toy=Recipe('teacher', method='fine_tune', ptrain_ver=model, total_step=10, warmup_step=1, **few)), tasks=dict(toy={}), methods=dict(LAD=dict(method='lad')))
 
 
