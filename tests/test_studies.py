@@ -128,8 +128,8 @@ def test_a_study_of_two_processes_killed_at_its_parent(tiny, tmp_path, moments, 
         assert students(folder) == students(whole)
         lines = read_results(folder / 'results')
         resumed += sum(line['resumed'] for line in lines if line['stage'] == 'run')
-    print(f'{len(gone)} kills in {rounds} studies, {resumed} of their runs resumed; the last process was gone '
-          f'after at most {max(t for _, t in gone)} s; {gone}')
+    print(f'{len(gone)} kills in {rounds} studies, {resumed} of their runs resumed; the last process '
+          f'was gone after at most {max(t for _, t in gone)} s; {gone}')
 
 
 def test_two_studies_at_once(tiny, tmp_path):
@@ -218,7 +218,8 @@ def test_two_lines_of_one_run(finished, tiny, tmp_path, change, says):
     for line in (*lines, lines[2] | change):
         append_line(tmp_path / 'runs.jsonl', line)
     run = rf"toy, {lines[2]['method']}, seed {lines[2]['seed']}, lr 0.001"
-    message = rf'runs.jsonl, lines 3 and 6: two results of one run \(two, run: {run}\); {says}.*delete the line'
+    message = (r'runs.jsonl, lines 3 and 6: two results of one run '
+               rf'\(two, run: {run}\); {says}.*delete the line')
     small = study(tiny, 10)
     for read in (
         lambda: read_results(tmp_path),
