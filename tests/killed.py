@@ -33,7 +33,7 @@ def study(name, model, updates):
     recipe = Recipe(name, num_hidden_layers=2, ptrain_ver=model, total_step=updates, warmup_step=6,
                     lr=1e-3, gate_lr=1e-3, **fast)
     teacher = Recipe('teacher', method='fine_tune', ptrain_ver=model, total_step=10, warmup_step=1, **few)
-    return Study(name, recipe, looks=(), seeds=(42,), teachers=dict(toy=teacher), tasks=dict(toy={}),
+    return Study(name, recipe, snapshots=(), seeds=(42,), teachers=dict(toy=teacher), tasks=dict(toy={}),
                  methods=dict(LAD=dict(method='lad')))
 
 

@@ -404,7 +404,7 @@ def test_a_study_counts_what_was_left_out(mood, tmp_path):
         tasks=dict(mood={}),
         methods=dict(undistilled=dict(method='undistilled')),
         seeds=(1,),
-        looks=(),
+        snapshots=(),
     )
     spoil(mood, 'dev')
     said = []

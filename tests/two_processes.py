@@ -36,7 +36,7 @@ def study(model, updates):
         tasks=dict(toy={}),
         methods=dict(LAD=dict(method='lad'), KD=dict(method='kd')),
         seeds=(42, 43),
-        looks=(),
+        snapshots=(),
     )
 
 
