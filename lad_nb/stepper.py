@@ -16,7 +16,7 @@ from .devices import random_state, set_random_state
 from .runs import check_new, checkpoints, experiment_folder
 from .training import DistilTrainer, train
 from .recipes import Recipe
-from .experiment import make_trainer
+from .experiment import assemble, resolve
 from .pictures import draw_run
 from .records import Pace, Reader, StepRecord
 
@@ -119,7 +119,7 @@ class Stepper:
         folder = Path(run.args.output_dir) if isinstance(run, DistilTrainer) else experiment_folder(run.experiment, run.task, run.model, root)
         if (other := _held.get(folder.resolve())) is not None and not other.over: raise ValueError(f"{folder} is held by another Stepper, after {other.done} updates. Go on with that one, or stop() it first.")
         check_new(folder, resume)
-        self.folder, self.trainer = folder, run if isinstance(run, DistilTrainer) else make_trainer(run, root, progress=False, like=folder if resume else None)
+        self.folder, self.trainer = folder, run if isinstance(run, DistilTrainer) else assemble(resolve(run, root, like=folder if resume else None), progress=False)
         if self.trainer.args.world_size > 1: raise ValueError(f"A Stepper holds one process, and this training has {self.trainer.args.world_size}. Take LiveView, or read the run folder.")
         self._hold = hold = _Hold()
         self.interrupted, self._reader = False, Reader(pace=(pace := Pace(.02)), by=by)

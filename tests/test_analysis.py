@@ -16,7 +16,7 @@ from lad_nb.analysis import (forward_batches, gate_openness, gate_shares, layer_
                              shares_by_example, shares_by_step, shares_by_token, token_classes)
 from lad_nb.data import load_task
 from lad_nb.evaluation import evaluate
-from lad_nb.experiment import build, open_run, run
+from lad_nb.experiment import assemble_distiller, open_run, resolve, run
 from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.run_books import run_books
 from lad_nb.runs import read_log
@@ -238,7 +238,7 @@ def test_fresh_gates_are_those_the_run_began_with(experiments, lad):
     still = lad.replace(experiment='still', gate_lr=1e-12, total_step=2, ckpt_step=2)
     folder = run(still, experiments, progress=False)
     distiller, tokenizer, recipe = open_run(folder)
-    made, _ = build(recipe, experiments)
+    made, _ = assemble_distiller(resolve(recipe, experiments))
     table = shares_by_step(folder, rows=8)
     first, last = (table[table.step == step].share for step in (0, 2))
     assert np.allclose(first, last, atol=1e-6)  # gates that never moved

@@ -23,7 +23,7 @@ from lad_nb.devices import pick_precision
 from lad_nb.durable import write_checksums
 from lad_nb.encoders import load_classifier
 from lad_nb.evaluation import evaluate, score_checkpoints
-from lad_nb.experiment import build, open_run, plan, rerun, run
+from lad_nb.experiment import assemble_distiller, open_run, rerun, resolve, run
 from lad_nb.mappings import make_mapping, mapping_to_dict
 from lad_nb.recipes import Recipe, recipe_from_dict
 from lad_nb.runs import run_description
@@ -320,13 +320,13 @@ def test_a_gift_that_names_hub_ids(home, nobody_asked, capsys):
     before = sorted(home.rglob('*'))
     refused("names the encoder 'stranger/encoder'.*allow_hub=True.*ptrain_ver='stranger/encoder'",
             lambda: rerun(gift, progress=False), lambda: run(mine, home, progress=False),
-            lambda: build(mine, home), lambda: Stepper(mine, home))
+            lambda: assemble_distiller(resolve(mine, home)), lambda: Stepper(mine, home))
     train = ['run_lad_distil', *'--experiment mine --task rte --teacher_exp teacher'.split(),
              *'--num_hidden_layers 2 --device_id -1 --max_seq_len 32'.split(),
              '--data_dir', str(home/'RTE'), '--root', str(home)]
     for line in (['rerun', str(gift)], train):
         assert main(line) == 2 and '--allow_hub' in capsys.readouterr().err
-    assert any('--allow_hub' in what for what in plan(mine, home)['missing'])
+    assert any('--allow_hub' in what for what in resolve(mine, home, fetch=False).to_dict()['missing'])
     assert open_run(gift)[0].teacher is not None and nobody_asked == []
     refused("No model 'stranger/encoder'",
             lambda: rerun(gift, progress=False, allow_hub=True),

@@ -16,7 +16,7 @@ import torch
 from conftest import same_bytes
 from transformers import TrainerCallback
 
-from lad_nb.experiment import make_trainer, run
+from lad_nb.experiment import assemble, resolve, run
 from lad_nb.runs import checkpoints, find_checkpoint, read_log
 from lad_nb.panel import LiveView, Panel
 from lad_nb.records import Reader
@@ -89,7 +89,7 @@ def test_an_interrupt_holds_at_a_boundary(experiments, recipe, whole, capsys):
 
 
 def test_what_goes_wrong_in_training_is_said_in_the_callers_cell(experiments, recipe):
-    trainer = make_trainer(recipe, experiments, progress=False)
+    trainer = assemble(resolve(recipe, experiments), progress=False)
     stepper = Stepper(trainer)
     stepper.step()
     def broken(*args, **kwargs): raise ZeroDivisionError('a loss that divides by zero')
@@ -174,7 +174,7 @@ def test_fine_tuning_can_be_stepped_as_well(experiments, recipe):
 
 def test_live_view_leaves_the_bytes_and_no_hook(experiments, recipe, whole):
     live = LiveView(every=2)
-    trainer = make_trainer(recipe.replace(experiment='live'), experiments, progress=False, callbacks=[live])
+    trainer = assemble(resolve(recipe.replace(experiment='live'), experiments), progress=False, callbacks=[live])
     from lad_nb.training import train
     folder = train(trainer, trainer.description)
     assert same_bytes(whole, folder) and live.record.step == 7 and live.record.shares is not None and not live.record.full
