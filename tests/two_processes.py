@@ -11,8 +11,8 @@ from lad_nb.study import Study, run_study
 
 
 def study(model, updates):
-    few = dict(task='toy', train_size=160, max_seq_len=32, batch_size=16, ckpt_step=10, log_step=5, device_id=-1,
-               ptrain_ver=str(model))
+    few = dict(task='toy', train_size=160, max_seq_len=32, batch_size=16, ckpt_step=10, log_step=5,
+               device_id=-1, ptrain_ver=str(model))
     fast = FAST | dict(precision='fp32')
     student = Recipe('two', num_hidden_layers=2, total_step=updates, warmup_step=6, lr=1e-3, gate_lr=1e-3,
                      **few | fast)
