@@ -222,8 +222,8 @@ def _check_room(folder, needed):
     free = shutil.disk_usage(folder).free
     if needed and free < needed + needed//50:
         raise OSError(errno.ENOSPC, f"The teacher cache needs {needed:,} more bytes in {folder}, and the "
-                                    f"disk has {free:,} free. Make room, put experiments elsewhere (root), or "
-                                    "train without it (teacher_cache=False)")
+                                    f"disk has {free:,} free. Make room, put experiments elsewhere (root), "
+                                    "or train without it (teacher_cache=False)")
 
 # %% ../nbs/41_cache.ipynb #8dad44db
 def _say_what(folder, teacher, data):

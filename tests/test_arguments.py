@@ -33,7 +33,8 @@ def test_every_setting_that_a_recipe_names_arrives(tmp_path):
     """Fields that name a setting of the trainer, each with a value of its own."""
     changed = dict(total_step=77, warmup_step=7, lr=.5, beta1=.1, beta2=.2, eps=.3, weight_decay=.4,
                    max_norm=5., gate_lr=.6, gate_beta1=.7, gate_beta2=.8, gate_eps=.9,
-                   gate_weight_decay=1., gate_max_norm=2., gate_total_step=88, gate_warmup_step=8, ckpt_step=9, keep_ckpt=3, log_step=11, seed=12,
+                   gate_weight_decay=1., gate_max_norm=2., gate_total_step=88,
+                   gate_warmup_step=8, ckpt_step=9, keep_ckpt=3, log_step=11, seed=12,
                    padding='max_length', max_seq_len=24, length_groups=True)
     args = arguments(tmp_path, **changed)
     names = dict(total_step='max_steps', warmup_step='warmup_steps', lr='learning_rate', beta1='adam_beta1',

@@ -6,51 +6,25 @@ python two_processes.py FOLDER MODEL PROCESSES UPDATES: works in FOLDER, with th
 import sys
 from pathlib import Path
 
+from lad_nb.recipes import FAST, Recipe
+from lad_nb.study import Study, run_study
+
 
 def study(model, updates):
-    from lad_nb.recipes import FAST, Recipe
-    from lad_nb.study import Study
-
-    few = dict(
-        task='toy',
-        train_size=160,
-        max_seq_len=32,
-        batch_size=16,
-        ckpt_step=10,
-        log_step=5,
-        device_id=-1,
-        ptrain_ver=str(model),
-    )
-    return Study(
-        'two',
-        Recipe(
-            'two',
-            num_hidden_layers=2,
-            total_step=updates,
-            warmup_step=6,
-            lr=1e-3,
-            gate_lr=1e-3,
-            **few | FAST | dict(precision='fp32'),
-        ),
-        teachers=dict(toy=Recipe('teacher', method='fine_tune', total_step=10, warmup_step=1, **few)),
-        tasks=dict(toy={}),
-        methods=dict(LAD=dict(method='lad'), KD=dict(method='kd')),
-        seeds=(42, 43),
-        snapshots=(),
-    )
+    few = dict(task='toy', train_size=160, max_seq_len=32, batch_size=16, ckpt_step=10, log_step=5,
+               device_id=-1, ptrain_ver=str(model))
+    fast = FAST | dict(precision='fp32')
+    student = Recipe('two', num_hidden_layers=2, total_step=updates, warmup_step=6, lr=1e-3, gate_lr=1e-3,
+                     **few | fast)
+    teacher = Recipe('teacher', method='fine_tune', total_step=10, warmup_step=1, **few)
+    return Study('two', student, teachers=dict(toy=teacher), tasks=dict(toy={}),
+                 methods=dict(LAD=dict(method='lad'), KD=dict(method='kd')), seeds=(42, 43), snapshots=())
 
 
 def main(folder, model, processes, updates):
-    from lad_nb.study import run_study
-
-    run_study(
-        study(model, int(updates)),
-        Path(folder) / 'experiments',
-        Path(folder) / 'results',
-        processes=int(processes),
-        threads=1,
-        say=lambda line: print(line, flush=True),
-    )
+    folder, say = Path(folder), lambda line: print(line, flush=True)
+    run_study(study(model, int(updates)), folder/'experiments', folder/'results', processes=int(processes),
+              threads=1, say=say)
 
 
 if __name__ == '__main__':
