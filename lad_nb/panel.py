@@ -144,10 +144,10 @@ class Panel(PanelButtons):
         with self._drawing:
             s, record, places = self.stepper, self.stepper.record, self.places
             self.enable()
-            places['status'].value = _status(s, record)
             if record is not None and record.full: self.full = record
             pages = _pages(s, record, self.full, self.what.value, bool(places['examples'].value))
             for name, page in pages.items(): places[name].value = page
+            places['status'].value = _status(s, record) # last: what it says has been drawn
 
     def close(self):
         "Take the panel off the run"
