@@ -129,10 +129,10 @@ def _wanted(turn, pace, step):
     if step >= min(turn.target, turn.total): return 'weights'
     return 'weights' if turn.listeners and pace.free() else 'parts'
 
-# %% ../nbs/58_stepper.ipynb #0da91b54
+# %% ../nbs/58_stepper.ipynb #03dd25f5
 @contextlib.contextmanager
 def first_interrupt(ask):
-    "The first interrupt calls `ask`; the second interrupts as ever"
+    "The first interrupt calls `ask`; the second interrupts as usual"
     if threading.current_thread() is not threading.main_thread():
         yield
         return
