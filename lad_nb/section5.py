@@ -19,7 +19,7 @@ from .tasks import get_task
 from .models import SMALL
 from .encoders import random_bert
 from .recipes import FAST, Recipe
-from .plots import plot_layer_map
+from .mapping_plots import plot_layer_map
 from .statistics import paired_differences
 from .results import SNAPSHOTS
 from .study import Study, collect_snapshots, run_study
