@@ -161,7 +161,10 @@ def fit_weights(
     module.load_state_dict(state)
 
 # %% ../nbs/31_encoders.ipynb #ed90d736
-def read_config(name, folder):
+def read_config(
+    name: str,     # of the model, for messages
+    folder: Path,  # holds config.json
+) -> BertConfig:
     "A BERT's settings; whatever is wrong with them as one `ValueError`"
     try: config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except OSError: raise
