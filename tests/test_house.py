@@ -1,11 +1,17 @@
 """The house rules that a program can hold: lines and cells that can be read, modules that depend downwards only."""
 import ast
+import importlib
 import json
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from make_readme import contributing
+from run_notebooks import find_flaws
 
 HOME = Path(__file__).parent.parent
 LIBRARY = sorted(p for p in (HOME/'nbs').glob('*.ipynb') if p.stem != 'index')
@@ -69,3 +75,40 @@ def test_modules_depend_on_lower_numbers_only(path):
                 upwards.append(where)
             private += [a.name for a in node.names if a.name.startswith('_')]
     assert (upwards, private) == ([], [])
+
+
+def test_ruff_finds_nothing():
+    """Unused imports and variables, undefined names, and the like; pyproject.toml has the list."""
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise', 'lad_nb',
+                           'tests', 'tools'], cwd=HOME, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_contributing_says_where_everything_lives():
+    assert (HOME/'CONTRIBUTING.md').read_text(encoding='utf-8') == contributing(), 'run python tools/make_readme.py'
+
+
+@pytest.mark.parametrize('name', ['CONTRIBUTING.md', 'CHANGELOG.md', 'SECURITY.md'])
+def test_pages_lead_somewhere(name):
+    links = re.findall(r'\]\((?!https?:|#)([^)#\s]+)', (HOME/name).read_text(encoding='utf-8'))
+    assert [link for link in links if not (HOME/link).exists()] == []
+
+
+def test_names_of_the_changelog_are_there():
+    """Every name that the table of moves sends somewhere is in that module."""
+    rows = re.findall(r'^\| `\w+` \| `(\w+)` \| (.+) \|$', (HOME/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
+    moved = [(module, name) for module, names in rows for name in re.findall(r'`(\w+)`', names)]
+    lost = [f'{module}.{name}' for module, name in moved
+            if not hasattr(importlib.import_module(f'lad_nb.{module}'), name)]
+    assert len(moved) > 100 and lost == []
+
+
+def test_one_version_everywhere():
+    version = re.search(r'^version = (.+)$', (HOME/'settings.ini').read_text(), re.M)[1]
+    assert re.search(r'^version: (.+)$', (HOME/'CITATION.cff').read_text(), re.M)[1] == version
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_outputs_have_no_flaws(path):
+    """No error, nothing printed or plotted without an output, no home folders; as `tools/run_notebooks.py` sees it."""
+    assert find_flaws(nbformat.read(path, as_version=4)) == []
