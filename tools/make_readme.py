@@ -44,9 +44,11 @@ def module_row(path):
 
 
 def contributing():
-    "CONTRIBUTING.md with the table of modules as the notebooks say it."
+    "CONTRIBUTING.md with the table of modules as the notebooks say it, and links with the numbers they have now."
     text = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
     notebooks = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.stem != 'index')
+    now = {path.stem.partition('_')[2]: path.name for path in notebooks}
+    text = re.sub(r'\(nbs/\d\d_(\w+)\.ipynb\)', lambda m: f'(nbs/{now.get(m[1], m[1])})', text)
     table = ['| number | module | what it is about |', '|---|---|---|', *map(module_row, notebooks)]
     before, _, rest = text.partition(START)
     return '\n'.join([before + START, *table, END]) + rest.partition(END)[2]

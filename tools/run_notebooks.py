@@ -208,7 +208,8 @@ def find_flaws(nb):
             found.append((cell.id, f"a stored error: {kinds['error']}"))
         if 'print' in called and 'stdout' not in kinds:
             found.append((cell.id, 'prints, and has no output'))
-        if any(re.match('(plot|draw)_|(plot|draw|display|show)$', name) for name in called) and not kinds:
+        plots = any(re.match('(plot|draw)_|(plot|draw|display|show)$', name) for name in called)
+        if plots and not kinds and not has(cell, 'hide'):
             found.append((cell.id, 'plots, and has no output'))
         if (ends_in_value(cell.source) or has(cell, 'varies')) and not kinds:
             found.append((cell.id, 'shows a value, and has no output'))
