@@ -24,7 +24,7 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -310,7 +310,7 @@ def main(args=None):
         parser.error('--write needs the full outputs, and --quick does not compute all of them')
 
     paths = find_notebooks(args.notebooks)
-    with ProcessPoolExecutor(args.workers) as pool:
+    with ThreadPoolExecutor(args.workers) as pool:  # the work is in the kernels
         waiting = [pool.submit(check, path, args.quick, args.write) for path in paths]
         results = [told(future.result()) for future in waiting]
     wrong = [result for result in results if result.lines and (result.failed or not result.written)]
