@@ -1,4 +1,4 @@
-"""The house rules that a program can hold: lines and cells that can be read, modules that depend downwards only."""
+"""The house rules that a program can hold: readable lines and cells, modules that depend downwards only."""
 import ast
 import importlib
 import json
@@ -16,7 +16,8 @@ from run_notebooks import find_flaws
 HOME = Path(__file__).parent.parent
 LIBRARY = sorted(p for p in (HOME/'nbs').glob('*.ipynb') if p.stem != 'index')
 NOTEBOOKS = sorted(p for p in (HOME/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-PYTHON = sorted(p for folder in ('lad_nb', 'tests', 'tools') for p in (HOME/folder).glob('*.py') if p.stem != '_modidx')
+MODULES = [p for p in (HOME/'lad_nb').glob('*.py') if p.stem != '_modidx']
+PYTHON = sorted([*MODULES, *(HOME/'tests').glob('*.py'), *(HOME/'tools').glob('*.py')])
 PAGES = sorted(HOME.glob('*.md'))
 LINE, LONGEST, MEDIAN = 110, 45, 10  # characters of a line; lines of an exported cell
 
@@ -87,13 +88,14 @@ def test_modules_depend_on_lower_numbers_only(path):
 
 def test_ruff_finds_nothing():
     """Unused imports and variables, undefined names, and the like; pyproject.toml has the list."""
-    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise', 'lad_nb',
-                           'tests', 'tools'], cwd=HOME, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise']
+    done = subprocess.run([*command, 'lad_nb', 'tests', 'tools'], cwd=HOME, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_contributing_says_where_everything_lives():
-    assert (HOME/'CONTRIBUTING.md').read_text(encoding='utf-8') == contributing(), 'run python tools/make_readme.py'
+    text = (HOME/'CONTRIBUTING.md').read_text(encoding='utf-8')
+    assert text == contributing(), 'run python tools/make_readme.py'
 
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
@@ -104,7 +106,8 @@ def test_pages_lead_somewhere(path):
 
 def test_names_of_the_changelog_are_there():
     """Every name that the table of moves sends somewhere is in that module."""
-    rows = re.findall(r'^\| `\w+` \| `(\w+)` \| (.+) \|$', (HOME/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
+    text = (HOME/'CHANGELOG.md').read_text(encoding='utf-8')
+    rows = re.findall(r'^\| `\w+` \| `(\w+)` \| (.+) \|$', text, re.M)
     moved = [(module, name) for module, names in rows for name in re.findall(r'`(\w+)`', names)]
     lost = [f'{module}.{name}' for module, name in moved
             if not hasattr(importlib.import_module(f'lad_nb.{module}'), name)]
@@ -118,5 +121,5 @@ def test_one_version_everywhere():
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_outputs_have_no_flaws(path):
-    """No error, nothing printed or plotted without an output, no home folders; as `tools/run_notebooks.py` sees it."""
+    """No error, nothing printed or plotted without an output, no home folders."""
     assert find_flaws(nbformat.read(path, as_version=4)) == []

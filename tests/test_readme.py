@@ -9,7 +9,8 @@ from make_readme import readme
 
 
 def test_readme_is_made_from_the_index():
-    assert (ROOT/'README.md').read_text() == readme(), 'README.md is not what nbs/index.ipynb makes: run python tools/make_readme.py'
+    same = (ROOT/'README.md').read_text() == readme()
+    assert same, 'README.md is not what nbs/index.ipynb makes: run python tools/make_readme.py'
 
 
 def test_links_lead_somewhere():

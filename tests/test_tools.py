@@ -1,4 +1,4 @@
-"""What maintainers run: tools/run_notebooks.py tells outputs that are the present code's from those that are not."""
+"""tools/run_notebooks.py tells outputs that are the present code's from those that are not."""
 import base64
 import io
 
@@ -21,13 +21,15 @@ def notebook(*cells):
     """A notebook of code cells, each a source and its stored outputs."""
     return NEW.new_notebook(
         metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}},
-        cells=[NEW.new_code_cell(source, id=f'cell{i}', outputs=outputs) for i, (source, outputs) in enumerate(cells)])
+        cells=[NEW.new_code_cell(source, id=f'cell{i}', outputs=outputs)
+               for i, (source, outputs) in enumerate(cells)])
 
 
 def stdout(text): return NEW.new_output('stream', name='stdout', text=text)
 
 
-def shown(**data): return NEW.new_output('display_data', data={k.replace('_', '/'): v for k, v in data.items()})
+def shown(**data):
+    return NEW.new_output('display_data', data={k.replace('_', '/'): v for k, v in data.items()})
 
 
 @pytest.mark.parametrize('old, new', [
@@ -35,7 +37,8 @@ def shown(**data): return NEW.new_output('display_data', data={k.replace('_', '/
     ('<Gate at 0x7f01aa>', '<Gate at 0x7f99bc>'),
     ("'/tmp/tmpab12cd_3/LAD/gates.safetensors'", "'/var/folders/x/tmpzz99zz_9/LAD/gates.safetensors'"),
     ('saved 2026-01-02 10:11:12', 'saved 2026-11-24T09:00:00Z'),
-    (' 10%|#     | 1/10 [00:01<00:09]\r100%|######| 10/10 [00:10<00:00]\n', '100%|######| 10/10 [00:02<00:00]\n'),
+    (' 10%|#     | 1/10 [00:01<00:09]\r100%|######| 10/10 [00:10<00:00]\n',
+     '100%|######| 10/10 [00:02<00:00]\n'),
     ('a  0.5012\nb -0.1', 'a   0.5013\nb  -0.1'),
     ('differs by 3e-06 at most', 'differs by 8e-06 at most'),
 ])
@@ -43,7 +46,8 @@ def test_text_is_equal_but_for_times_places_and_rounding(old, new): assert same_
 
 
 @pytest.mark.parametrize('old, new', [
-    ('gate 1', 'gate 2'), ('accuracy 0.884', 'accuracy 0.881'), ('1,000 rows', '1,001 rows'), ('one line', 'another line'),
+    ('gate 1', 'gate 2'), ('accuracy 0.884', 'accuracy 0.881'), ('1,000 rows', '1,001 rows'),
+    ('one line', 'another line'),
     ('loss 0.5', 'loss -0.5'), ('a\n1', 'a\n1\n2'), ("'LAD/student.safetensors'", "'LAD/gates.safetensors'"),
 ])
 def test_text_that_says_something_else_differs(old, new): assert not same_text(old, new)
@@ -82,14 +86,16 @@ def test_an_output_that_comes_or_goes_is_a_change():
     ('1/0', [NEW.new_output('error', ename='ZeroDivisionError', evalue='division by zero')],
      'a stored error: ZeroDivisionError: division by zero'),
     ('where', [stdout('/home/anna/lad_nb/nbs')], "shows somebody's home folder"),
-    ('%pip list', [stdout('Looking in indexes: https://example.org/simple')], 'shows where packages come from'),
+    ('%pip list', [stdout('Looking in indexes: https://example.org/simple')],
+     'shows where packages come from'),
 ])
 def test_flaws_show_without_running(source, outputs, said):
     assert [what for _, what in find_flaws(notebook((source, outputs)))] == [said]
 
 
 @pytest.mark.parametrize('source', [
-    "def f(): print('a')", "with redirect_stdout(io.StringIO()): print('a')", 'ax = plot_x(y)\nplt.close(ax.figure)',
+    "def f(): print('a')", "with redirect_stdout(io.StringIO()): print('a')",
+    'ax = plot_x(y)\nplt.close(ax.figure)',
     'table;', "#| eval: false\nprint('a')", "if wrong: print('a')", 'x = 1'])
 def test_cells_that_need_no_output(source): assert find_flaws(notebook((source, []))) == []
 

@@ -1,9 +1,9 @@
-"""Make README.md from nbs/index.ipynb, and the table of modules in CONTRIBUTING.md from the library's notebooks.
+"""Make README.md from nbs/index.ipynb, and CONTRIBUTING.md's table of modules from the library's notebooks.
 
     python tools/make_readme.py
 
-Hidden cells and directives are left out of the README, and links are as seen from the project's top. A module's row
-is its number, its name and the line that its notebook opens with.
+Hidden cells and directives are left out of the README, and links are as seen from the project's top. A module's
+row is its number, its name and the line that its notebook opens with.
 """
 import posixpath
 import re
@@ -44,7 +44,7 @@ def module_row(path):
 
 
 def contributing():
-    "CONTRIBUTING.md with the table of modules as the notebooks say it, and links with the numbers they have now."
+    "CONTRIBUTING.md with the table of modules as the notebooks say it, and links with their present numbers."
     text = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
     notebooks = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.stem != 'index')
     now = {path.stem.partition('_')[2]: path.name for path in notebooks}

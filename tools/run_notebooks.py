@@ -5,14 +5,14 @@
     python tools/run_notebooks.py --quick               # as CI does
     python tools/run_notebooks.py --write               # store the new outputs where something differs
 
-Each notebook runs in a fresh kernel with its own folder as working directory. Text is compared after durations,
-addresses, temporary paths, dates and progress bars are taken out; decimals may differ by rounding. Pictures are
-compared pixel by pixel. A cell that gives something else each time (a table of latencies) says so and why, with
-`#| varies: the times are this machine's`; it has to have an output, but any will do.
+Each notebook runs in a fresh kernel with its own folder as working directory. Text is compared after
+durations, addresses, temporary paths, dates and progress bars are taken out; decimals may differ by rounding.
+Pictures are compared pixel by pixel. A cell that gives something else each time (a table of latencies) says so
+and why, with `#| varies: the times are this machine's`; it has to have an output, but any will do.
 
-A notebook whose code asks for IN_TEST runs smaller in tests. With --quick it does so here, and its outputs are
-only looked at (see `find_flaws`), since the small form gives others. All others are compared in both forms.
-The exit code is 1 if a notebook stops with an error, has a flaw, or differs.
+A notebook whose code asks for IN_TEST runs smaller in tests. With --quick it does so here, and its outputs
+are only looked at (see `find_flaws`), since the small form gives others. All others are compared, with --quick
+or without. The exit code is 1 if a notebook stops with an error, has a flaw, or differs.
 """
 import argparse
 import ast
@@ -79,7 +79,7 @@ def normal(text):
 
 
 def is_close(a, b):
-    "Are two numbers equal? Whole numbers exactly, decimals within rounding: a unit of the last place, or 1e-4."
+    "Are two numbers equal? Whole numbers exactly, decimals within a unit of the last place, or 1e-4."
     if a == b or not all(re.search(r'[.e]', x) for x in (a, b)):
         return a == b
     x, y = (float(n.replace(',', '').replace('−', '-')) for n in (a, b))
@@ -131,7 +131,7 @@ def picture_change(
 # ---------------------------------------------------------------- outputs of a cell
 
 def plain(outputs):
-    "Outputs as {kind: text}. The parts of a stream are joined; of what is displayed, the richest form is taken."
+    "Outputs as {kind: text}. Parts of a stream are joined; of what is displayed, the richest form is taken."
     found, counts = {}, {}
     for out in outputs:
         if out.output_type == 'stream':
@@ -193,9 +193,10 @@ def ends_in_value(source):
         body = ast.parse(source).body
     except SyntaxError:
         return False
-    shown = (ast.Name, ast.Attribute, ast.Subscript, ast.Dict, ast.List, ast.Tuple, ast.ListComp, ast.DictComp)
-    return bool(body) and not source.rstrip().endswith(';') and isinstance(getattr(body[-1], 'value', None), shown) \
-        and isinstance(body[-1], ast.Expr)
+    shown = (ast.Name, ast.Attribute, ast.Subscript, ast.Dict, ast.List, ast.Tuple, ast.ListComp)
+    if not body or not isinstance(body[-1], ast.Expr):
+        return False
+    return isinstance(body[-1].value, shown) and not source.rstrip().endswith(';')
 
 
 def find_flaws(nb):
@@ -301,9 +302,9 @@ def main(args=None):
     about, _, more = __doc__.partition('\n\n')
     parser = argparse.ArgumentParser(
         description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('notebooks', nargs='*', default=[ROOT/'nbs'], help='files and folders; all of nbs/ by default')
+    parser.add_argument('notebooks', nargs='*', default=[ROOT/'nbs'], help='files and folders (default: nbs)')
     parser.add_argument('--workers', type=int, default=2, help='how many run at the same time (default: 2)')
-    parser.add_argument('--quick', action='store_true', help='notebooks with a test switch run in their small form')
+    parser.add_argument('--quick', action='store_true', help='as CI: notebooks with a test switch run smaller')
     parser.add_argument('--write', action='store_true', help='store the new outputs of notebooks that differ')
     args = parser.parse_args(args)
     if args.quick and args.write:
