@@ -2,8 +2,8 @@
 
     python tools/make_readme.py
 
-Hidden cells and directives are left out of the README, and links are as seen from the project's top. A module's
-row is its number, its name and the line that its notebook opens with.
+Hidden cells and directives are left out of the README, and links are as seen from the project's top.
+A module's row is its number, its name and the line that its notebook opens with.
 """
 import posixpath
 import re

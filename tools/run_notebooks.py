@@ -7,12 +7,12 @@
 
 Each notebook runs in a fresh kernel with its own folder as working directory. Text is compared after
 durations, addresses, temporary paths, dates and progress bars are taken out; decimals may differ by rounding.
-Pictures are compared pixel by pixel. A cell that gives something else each time (a table of latencies) says so
-and why, with `#| varies: the times are this machine's`; it has to have an output, but any will do.
+Pictures are compared pixel by pixel. A cell that gives something else each time (a table of latencies) says
+so and why, with `#| varies: the times are this machine's`; it has to have an output, but any will do.
 
 A notebook whose code asks for IN_TEST runs smaller in tests. With --quick it does so here, and its outputs
-are only looked at (see `find_flaws`), since the small form gives others. All others are compared, with --quick
-or without. The exit code is 1 if a notebook stops with an error, has a flaw, or differs.
+are only looked at (see `find_flaws`), since the small form gives others. All others are compared, with
+--quick or without. The exit code is 1 if a notebook stops with an error, has a flaw, or differs.
 """
 import argparse
 import ast
@@ -24,7 +24,7 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -275,7 +275,7 @@ def check(path, quick=False, write=False):
     result = Result(path, 'small form, outputs only looked at' if testing else 'compared')
     try:
         new = run(nb, path.parent, testing)
-    except CellExecutionError as error:
+    except (CellExecutionError, RuntimeError) as error:  # a kernel that died is a RuntimeError
         result.failed = True
         result.lines = normal(str(error)).splitlines()[-25:]
         return result
@@ -304,8 +304,8 @@ def main(args=None):
         description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('notebooks', nargs='*', default=[ROOT/'nbs'], help='files and folders (default: nbs)')
     parser.add_argument('--workers', type=int, default=2, help='how many run at the same time (default: 2)')
-    parser.add_argument('--quick', action='store_true', help='as CI: notebooks with a test switch run smaller')
-    parser.add_argument('--write', action='store_true', help='store the new outputs of notebooks that differ')
+    parser.add_argument('--quick', action='store_true', help='as in CI: test switches are on')
+    parser.add_argument('--write', action='store_true', help='store new outputs where they differ')
     args = parser.parse_args(args)
     if args.quick and args.write:
         parser.error('--write needs the full outputs, and --quick does not compute all of them')
@@ -313,7 +313,7 @@ def main(args=None):
     paths = find_notebooks(args.notebooks)
     with ThreadPoolExecutor(args.workers) as pool:  # the work is in the kernels
         waiting = [pool.submit(check, path, args.quick, args.write) for path in paths]
-        results = [told(future.result()) for future in waiting]
+        results = [told(future.result()) for future in as_completed(waiting)]
     wrong = [result for result in results if result.lines and (result.failed or not result.written)]
     print(f'{len(results) - len(wrong)} of {len(results)} notebooks are as they should be')
     return 1 if wrong else 0
