@@ -21,9 +21,10 @@ setuptools.setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     packages=setuptools.find_packages(include=['lad_nb', 'lad_nb.*']),
+    package_data={'lad_nb': ['py.typed']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'offline': cfg['offline_requirements'].split(), 'onnx': cfg['onnx_requirements'].split()},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'offline', 'onnx')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['lad_nb=lad_nb._modidx:d']},
     zip_safe=False,
 )

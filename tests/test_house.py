@@ -1,16 +1,24 @@
-"""The house rules that a program can hold: lines and cells that can be read, modules that depend downwards only."""
+"""The house rules that a program can hold: readable lines and cells, modules that depend downwards only."""
 import ast
+import importlib
 import json
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from make_readme import contributing
+from run_notebooks import find_flaws
 
 HOME = Path(__file__).parent.parent
 LIBRARY = sorted(p for p in (HOME/'nbs').glob('*.ipynb') if p.stem != 'index')
 NOTEBOOKS = sorted(p for p in (HOME/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-PYTHON = sorted(p for folder in ('lad_nb', 'tests', 'tools') for p in (HOME/folder).glob('*.py') if p.stem != '_modidx')
+MODULES = [p for p in (HOME/'lad_nb').glob('*.py') if p.stem != '_modidx']
+PYTHON = sorted([*MODULES, *(HOME/'tests').glob('*.py'), *(HOME/'tools').glob('*.py')])
+PAGES = sorted(HOME.glob('*.md'))
 LINE, LONGEST, MEDIAN = 110, 45, 10  # characters of a line; lines of an exported cell
 
 
@@ -38,6 +46,13 @@ def test_lines_of_a_notebook_fit_on_a_screen(path):
 def test_lines_of_a_module_fit_on_a_screen(path):
     lines = enumerate(path.read_text(encoding='utf-8').splitlines(), start=1)
     assert [f'{n}: {len(line)}' for n, line in lines if len(line) > LINE and '__all__' not in line] == []
+
+
+@pytest.mark.parametrize('path', [p for p in PAGES if p.stem != 'README'], ids=lambda p: p.stem)
+def test_lines_of_a_page_fit_on_a_screen(path):
+    """All but tables, which can't be broken; the README's are the index notebook's, with longer links."""
+    lines = enumerate(path.read_text(encoding='utf-8').splitlines(), start=1)
+    assert [f'{n}: {len(line)}' for n, line in lines if len(line) > LINE and line[0] != '|'] == []
 
 
 @pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
@@ -69,3 +84,42 @@ def test_modules_depend_on_lower_numbers_only(path):
                 upwards.append(where)
             private += [a.name for a in node.names if a.name.startswith('_')]
     assert (upwards, private) == ([], [])
+
+
+def test_ruff_finds_nothing():
+    """Unused imports and variables, undefined names, and the like; pyproject.toml has the list."""
+    command = [sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise']
+    done = subprocess.run([*command, 'lad_nb', 'tests', 'tools'], cwd=HOME, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_contributing_says_where_everything_lives():
+    text = (HOME/'CONTRIBUTING.md').read_text(encoding='utf-8')
+    assert text == contributing(), 'run python tools/make_readme.py'
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
+def test_pages_lead_somewhere(path):
+    links = re.findall(r'\]\((?!https?:|#)([^)#\s]+)', path.read_text(encoding='utf-8'))
+    assert [link for link in links if not (HOME/link).exists()] == []
+
+
+def test_names_of_the_changelog_are_there():
+    """Every name that the table of moves sends somewhere is in that module."""
+    text = (HOME/'CHANGELOG.md').read_text(encoding='utf-8')
+    rows = re.findall(r'^\| `\w+` \| `(\w+)` \| (.+) \|$', text, re.M)
+    moved = [(module, name) for module, names in rows for name in re.findall(r'`(\w+)`', names)]
+    lost = [f'{module}.{name}' for module, name in moved
+            if not hasattr(importlib.import_module(f'lad_nb.{module}'), name)]
+    assert len(moved) > 100 and lost == []
+
+
+def test_one_version_everywhere():
+    version = re.search(r'^version = (.+)$', (HOME/'settings.ini').read_text(), re.M)[1]
+    assert re.search(r'^version: (.+)$', (HOME/'CITATION.cff').read_text(), re.M)[1] == version
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_outputs_have_no_flaws(path):
+    """No error, nothing printed or plotted without an output, no home folders."""
+    assert find_flaws(nbformat.read(path, as_version=4)) == []
