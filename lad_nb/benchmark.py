@@ -26,7 +26,7 @@ from .models import SMALL, load_tokenizer
 from .encoders import load_classifier, make_classifier, quiet_loading, random_bert
 from .runs import versions
 from .cache import teacher_cache
-from .batches import LengthGroups
+from .updates import LengthGroups
 from .recipes import FAITHFUL, FAST, Recipe
 from .experiment import assemble, assemble_distiller, resolve
 

@@ -155,9 +155,9 @@ def _open_own_task(data_dir):
     if isinstance(data_dir, str) and (Path(data_dir)/'task.json').is_file(): open_task(data_dir)
 
 # %% ../nbs/72_cli.ipynb #1d4fdf1f
-def _add_training(commands, recipe, name, what, method=None, flag=None, methods={}, **choice):
+def _add_training(commands, recipe, name, what, method=None, flag=None, methods=None, **choice):
     "A command that trains by one method, or by the one that its flag names"
-    parser = _add_command(commands, name, what, _train, kind=recipe, method=method, methods=methods)
+    parser = _add_command(commands, name, what, _train, kind=recipe, method=method, methods=methods or {})
     if flag: parser.add_argument(f'--{flag}', dest='method', **dict(help='which of its methods') | choice)
     audiences = ('all',) if method == 'fine_tune' else ('all', 'students')
     for f in fields(recipe):

@@ -339,7 +339,7 @@ def recipe_table(
 ) -> pd.DataFrame:   # only the fields in which they differ
     "Recipes side by side"
     table = pd.DataFrame({n: r.to_dict() for n, r in recipes.items() if isinstance(r, of)}).T
-    return table.loc[:, table.astype(str).nunique() > 1]
+    return table.loc[:, table.map(repr).nunique() > 1]
 
 # %% ../nbs/45_recipes.ipynb #c1e978b7
 def mapping_of(

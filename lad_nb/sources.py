@@ -15,7 +15,6 @@ from pathlib import Path
 
 import psutil
 
-from .durable import read_json
 from .values import shown
 from .tasks import get_task
 from .data import find_data, load_task

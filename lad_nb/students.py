@@ -8,7 +8,6 @@ __all__ = ['init_layers', 'student_config', 'copy_layers', 'make_student']
 # %% ../nbs/32_students.ipynb #04b0a9ec
 import copy, warnings
 
-from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, set_seed
 
 from .tasks import Task

@@ -389,10 +389,10 @@ def run_study(
 ) -> pd.DataFrame:                  # as `collect`
     "Fine-tune the teachers, choose learning rates, run the grid; what has a result is left as it is"
     one = partial(_one, root=root, results=results)
-    for stage in [stage] if stage else _stages(study):
-        name, todo = f'{study.name}, {stage}', missing(study, results, stage)
+    for part in [stage] if stage else _stages(study):
+        name, todo = f'{study.name}, {part}', missing(study, results, part)
         _teach(study, [t for t in study.tasks if any(j['task'] == t for j in todo)], root, results, say)
-        say(f"{name}: {len(todo)} of {len(jobs(study, results, stage))} runs to do, {processes} at a time")
+        say(f"{name}: {len(todo)} of {len(jobs(study, results, part))} runs to do, {processes} at a time")
         if failed := _run_stage(name, todo, one, processes, threads, say):
             raise RuntimeError(f"{len(failed)} runs failed, the others are done; start the study again "
                                "when the cause is mended:\n" + '\n'.join(failed))

@@ -79,7 +79,7 @@ def build(experiments, root, die=0, nap=0):
 def test_killed_while_building(experiments, tmp_path):
     """Each process dies at its second shard; the next one goes on with it."""
     deaths = 0
-    while (done := program(*assemble_distiller(resolve(experiments, tmp_path)))).returncode:
+    while (done := program(*build(experiments, tmp_path, die=2))).returncode:
         deaths += 1
         assert done.returncode == -9, done.stderr
     shards = int(done.stdout.split()[1])
@@ -87,7 +87,7 @@ def test_killed_while_building(experiments, tmp_path):
 
 
 def test_two_processes_build_the_same_cache(experiments, tmp_path):
-    name, *words = assemble_distiller(resolve(experiments, tmp_path))
+    name, *words = build(experiments, tmp_path, nap=.3)
     command = [sys.executable, Path(__file__).with_name(name), *map(str, words)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     both = [subprocess.Popen(command, **pipes) for _ in range(2)]

@@ -44,8 +44,11 @@ def test_lines_of_a_notebook_fit_on_a_screen(path):
 
 @pytest.mark.parametrize('path', PYTHON, ids=lambda p: f'{p.parent.name}/{p.stem}')
 def test_lines_of_a_module_fit_on_a_screen(path):
-    lines = enumerate(path.read_text(encoding='utf-8').splitlines(), start=1)
-    assert [f'{n}: {len(line)}' for n, line in lines if len(line) > LINE and '__all__' not in line] == []
+    text = path.read_text(encoding='utf-8')
+    listed = re.search(r"^__all__ = \[[^]]*\]", text, re.M) if path.parent.name == 'lad_nb' else None
+    own = text.replace(listed[0], '\n'*listed[0].count('\n')) if listed else text  # nbdev wraps that list itself
+    lines = enumerate(own.splitlines(), start=1)
+    assert [f'{n}: {len(line)}' for n, line in lines if len(line) > LINE] == []
 
 
 @pytest.mark.parametrize('path', [p for p in PAGES if p.stem != 'README'], ids=lambda p: p.stem)

@@ -220,7 +220,8 @@ def test_fine_tuning_can_be_stepped_as_well(experiments, recipe):
 
 def test_live_view_leaves_the_bytes_and_no_hook(experiments, recipe, whole):
     live = LiveView(every=2)
-    trainer = assemble(resolve(recipe.replace(experiment='live'), experiments), progress=False, callbacks=[live])
+    plan = resolve(recipe.replace(experiment='live'), experiments)
+    trainer = assemble(plan, progress=False, callbacks=[live])
     folder = train(trainer, trainer.description)
     assert same_bytes(whole, folder)
     assert live.record.step == 7 and live.record.shares is not None and not live.record.full
