@@ -17,7 +17,8 @@ import pandas as pd, transformers
 from .values import shown
 from .tasks import get_task, open_task
 from .runs import experiment_folder, find_checkpoint, run_setting
-from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful, kind_of
+from .settings import kind_of
+from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
 from .sources import teacher_folder
 from .experiment import rerun, resolve, run
 from .evaluation import best_checkpoint, plan_evaluation, score_checkpoints, write_predictions

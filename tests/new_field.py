@@ -4,7 +4,8 @@ import io
 import json
 
 from lad_nb.cli import main, make_parser
-from lad_nb.recipes import Recipe, recipe_table, settings_table
+from lad_nb.settings import settings_table
+from lad_nb.recipes import Recipe, recipe_table
 
 TEACHER = 'run_fine_tune --experiment x --task toy --ptrain_ver all-minilm-l6-v2 --dry_run'
 

@@ -17,7 +17,8 @@ from lad_nb.cli import layer_list, parse, recipe_of
 from lad_nb.data import encode, load_task, read_tsv
 from lad_nb.mappings import make_mapping, mapping_from_dict, mapping_to_dict, methods
 from lad_nb.models import load_tokenizer
-from lad_nb.recipes import Recipe, check_recipe, kind_of, mapping_of, recipe_from_dict
+from lad_nb.settings import kind_of
+from lad_nb.recipes import Recipe, check_recipe, mapping_of, recipe_from_dict
 from lad_nb.runs import run_description
 from lad_nb.tasks import tasks
 

@@ -15,7 +15,8 @@ import pytest
 from lad_nb import cli
 from lad_nb.models import SMALL, local_model
 from lad_nb.tasks import get_task, tasks
-from lad_nb.recipes import Evaluation, Recipe, kind_of
+from lad_nb.settings import kind_of
+from lad_nb.recipes import Evaluation, Recipe
 from lad_nb.run_books import run_books
 
 SHARED = Path(__file__).parents[2]/'shared'

@@ -21,7 +21,8 @@ from lad_nb.encoders import load_encoder
 from lad_nb.experiment import open_run, rerun, run
 from lad_nb.models import SMALL
 from lad_nb.panel import Panel
-from lad_nb.recipes import Recipe, kind_of, recipe_from_dict
+from lad_nb.settings import kind_of
+from lad_nb.recipes import Recipe, recipe_from_dict
 from lad_nb.runs import find_checkpoint
 from lad_nb.sources import training_bytes
 from lad_nb.stepper import Stepper
