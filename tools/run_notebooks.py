@@ -7,8 +7,10 @@
 
 Each notebook runs in a fresh kernel with its own folder as working directory. Text is compared after
 durations, addresses, temporary paths, dates and progress bars are taken out; decimals may differ by rounding.
-Pictures are compared pixel by pixel. A cell that gives something else each time (a table of latencies) says
-so and why, with `#| varies: the times are this machine's`; it has to have an output, but any will do.
+Pictures are compared pixel by pixel. A training's last digits depend on the processor: --quick compares words
+alone where it is not the one of tools/outputs_made_on.txt, which --write of all notebooks renews. A cell that
+gives something else each time (a table of latencies) says so and why, with `#| varies: the times are this
+machine's`; it has to have an output, but any will do.
 
 A notebook whose code asks for IN_TEST runs smaller in tests. With --quick it does so here, and its outputs
 are only looked at (see `find_flaws`), since the small form gives others. All others are compared, with
@@ -35,6 +37,7 @@ from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+MADE_ON = ROOT/'tools'/'outputs_made_on.txt'  # the processor that the stored outputs are from
 
 # ---------------------------------------------------------------- what a cell is
 
@@ -88,12 +91,15 @@ def is_close(a, b):
     return abs(x - y) <= max(1.01*unit, 1e-4*abs(x), 1e-5)
 
 
-def same_text(old, new):
+def same_text(old, new, numbers=True):
     "Are two texts equal, but for what differs from run to run, rounding and the width of blanks and rules?"
     old, new = normal(old), normal(new)
+    if not numbers:  # on another processor, which may have no bf16 units
+        old, new = (re.sub(r'\b(?:bf16|fp32)\b', '<precision>', text) for text in (old, new))
     frames = [re.sub(r'[\s-]+', ' ', NUMBER.sub('#', text)).strip() for text in (old, new)]
-    numbers = [NUMBER.findall(text) for text in (old, new)]
-    return frames[0] == frames[1] and all(is_close(a, b) for a, b in zip(*numbers))
+    found = [NUMBER.findall(text) for text in (old, new)]
+    close = all(is_close(a, b) for a, b in zip(*found)) if numbers else True
+    return frames[0] == frames[1] and close
 
 
 def text_changes(old, new, most=12):
@@ -151,15 +157,16 @@ def richest(data):
     return next((kind for kind in kinds if kind in data), 'widget')
 
 
-def changes(old, new):
+def changes(old, new, numbers=True):
     "What differs between the stored and the new outputs of a cell, as lines to read."
     old, new, found = plain(old), plain(new), []
     for kind in dict.fromkeys([*old, *new]):
         if kind not in new or kind not in old:
             found.append(f"{kind}: {'not given any more' if kind in old else 'not stored'}")
         elif kind.startswith('image/png'):
-            found += [f'{kind}: {said}' for said in [picture_change(old[kind], new[kind])] if said]
-        elif not same_text(old[kind], new[kind]):
+            said = picture_change(old[kind], new[kind]) if numbers else ''
+            found += [f'{kind}: {said}'] if said else []
+        elif not same_text(old[kind], new[kind], numbers):
             found += [f'{kind}:', *text_changes(old[kind], new[kind])]
     return found
 
@@ -249,11 +256,19 @@ def run(nb, folder, testing):
     return new
 
 
-def compare(nb, new):
+def processor():
+    "What the last digits of a training depend on: the processor, and the instructions that torch uses of it"
+    from torch.backends.cpu import get_cpu_capability
+
+    from lad_nb.results import processor_name
+    return f'{processor_name().partition(",")[0]}, {get_cpu_capability()}'
+
+
+def compare(nb, new, numbers=True):
     "Where the stored outputs of a notebook differ from the new ones, as lines to read."
     stored, lines = {cell.id: cell for cell in nb.cells}, []
     for cell in new.cells:
-        found = [] if has(cell, 'varies') else changes(stored[cell.id].outputs, cell.outputs)
+        found = [] if has(cell, 'varies') else changes(stored[cell.id].outputs, cell.outputs, numbers)
         lines += [f'cell {cell.id}', *('  ' + line for line in found)] if found else []
     return lines
 
@@ -268,7 +283,7 @@ def store(nb, new, path):
     subprocess.run(['nbdev_clean', '--fname', str(path)], check=True)
 
 
-def check(path, quick=False, write=False):
+def check(path, quick=False, write=False, numbers=True):
     "Look at one notebook, run it, compare its outputs, and store the new ones if asked to."
     nb, start = nbformat.read(path, as_version=4), time.monotonic()
     testing = quick and has_switch(nb)
@@ -281,7 +296,7 @@ def check(path, quick=False, write=False):
         return result
     finally:
         result.seconds = time.monotonic() - start
-    result.lines = [] if testing else compare(nb, new)
+    result.lines = [] if testing else compare(nb, new, numbers)
     if write and not testing and (result.lines or find_flaws(nb)):
         store(nb, new, path)
         result.written = True
@@ -310,9 +325,16 @@ def main(args=None):
     if args.quick and args.write:
         parser.error('--write needs the full outputs, and --quick does not compute all of them')
 
+    here, there = processor(), MADE_ON.read_text().strip()
+    numbers = here == there or not args.quick
+    if not numbers:
+        print(f'Outputs were stored on {there}, this is {here}: '
+              'words are compared, numbers and pictures are not.')
+    elif args.write and args.notebooks == [ROOT/'nbs']:
+        MADE_ON.write_text(here + '\n')
     paths = find_notebooks(args.notebooks)
     with ThreadPoolExecutor(args.workers) as pool:  # the work is in the kernels
-        waiting = [pool.submit(check, path, args.quick, args.write) for path in paths]
+        waiting = [pool.submit(check, path, args.quick, args.write, numbers) for path in paths]
         results = [told(future.result()) for future in as_completed(waiting)]
     wrong = [result for result in results if result.lines and (result.failed or not result.written)]
     print(f'{len(results) - len(wrong)} of {len(results)} notebooks are as they should be')
