@@ -102,13 +102,13 @@ class _Optimiser(Settings):
     total_step: int = setting(1155, 'updates', COUNT, trainer='max_steps')
     warmup_step: int = setting(346, 'updates with a rising learning rate', STEP, trainer='warmup_steps')
     epoch: float | None = setting(None,
-        'passes over the training rows, instead of total_step', Range(0, 10 ** 6, above=True))
+        'passes over the training rows, instead of total_step', Range(0, 10**6, above=True))
     warmup_rate: float | None = setting(None,
         'share of total_step with a rising learning rate, instead of warmup_step', SHARE)
-    lr: float = setting(0.0003, "student's learning rate", RATE, trainer='learning_rate')
+    lr: float = setting(3e-4, "student's learning rate", RATE, trainer='learning_rate')
     beta1: float = setting(0.9, 'of Adam', BETA, trainer='adam_beta1')
     beta2: float = setting(0.999, 'of Adam', BETA, trainer='adam_beta2')
-    eps: float = setting(1e-08, 'of Adam', EPS, trainer='adam_epsilon')
+    eps: float = setting(1e-8, 'of Adam', EPS, trainer='adam_epsilon')
     weight_decay: float = setting(0.01,
         'decoupled weight decay; none on biases and LayerNorm weights', DECAY, trainer='weight_decay')
     max_norm: float = setting(1.0, "clips the student's gradient", NORM, trainer='max_norm')
@@ -116,10 +116,10 @@ class _Optimiser(Settings):
 # %% ../nbs/45_recipes.ipynb #5425f775
 @dataclass(frozen=True, repr=False)
 class _GateOptimiser(Settings):
-    gate_lr: float = student_setting(3e-05, "gates' learning rate", FROZEN, trainer='gate_lr')
+    gate_lr: float = student_setting(3e-5, "gates' learning rate", FROZEN, trainer='gate_lr')
     gate_beta1: float = student_setting(0.9, "of the gates' Adam", BETA, trainer='gate_beta1')
     gate_beta2: float = student_setting(0.999, "of the gates' Adam", BETA, trainer='gate_beta2')
-    gate_eps: float = student_setting(1e-08, "of the gates' Adam", EPS, trainer='gate_eps')
+    gate_eps: float = student_setting(1e-8, "of the gates' Adam", EPS, trainer='gate_eps')
     gate_weight_decay: float = student_setting(0.01, "of the gates' Adam", DECAY, trainer='gate_weight_decay')
     gate_max_norm: float = student_setting(1.0,
         "clips each gate's gradient by itself", NORM, trainer='gate_max_norm')

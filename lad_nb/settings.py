@@ -80,7 +80,8 @@ class Settings:
         said = ', '.join(f'{name}={value!r}' for name, value in self.changed().items())
         return f'{type(self).__name__}({said})'
 
-    def _repr_html_(self): return settings_table(self)._repr_html_()
+    def _repr_html_(self):
+        with pd.option_context('display.max_colwidth', None): return settings_table(self)._repr_html_()
 
 # %% ../nbs/03_settings.ipynb #5cd106da
 def _as_json(value):
