@@ -306,9 +306,9 @@ def run(
     allow_hub: bool=False,          # as in `resolve`
 ) -> Path:                          # the run folder
     "Run a recipe to its end"
-    folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
-    check_new(folder, resume)
-    plan = resolve(recipe, root, like or (folder if resume else None), allow_hub)
+    if resume and like is None: like = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
+    plan = resolve(recipe, root, like, allow_hub)
+    check_new(plan.folder, resume)
     trainer = assemble(plan, progress, callbacks)
     return train(trainer, trainer.description, resume)
 

@@ -180,9 +180,9 @@ def test_two_processes_start_the_same_experiment(quick, tmp_path):
 def test_two_that_start_at_the_same_moment(quick, tmp_path):
     """Neither sees the other's folder before it has one: still only one trains."""
     said, trainers = [], [ready(quick, tmp_path) for _ in range(2)]
-    ready = threading.Barrier(2)
+    gate = threading.Barrier(2)
     def start(trainer):
-        ready.wait()
+        gate.wait()
         try: said.append(train(trainer, trainer.description))
         except FileExistsError as e: said.append(str(e))
     both = [threading.Thread(target=start, args=(t,)) for t in trainers]

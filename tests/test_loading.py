@@ -508,7 +508,7 @@ def test_absurd_settings(model, quick, tmp_path, capsys, name, value):
         with pytest.raises(ValueError): way(model)
     if isinstance(value, int) and name == 'num_hidden_layers':
         with pytest.raises(ValueError, match='num_hidden_layers'):
-            resolve(quick.replace(teacher=str(model)), tmp_path, fetch=False).to_dict()
+            resolve(quick.replace(teacher=str(model)), tmp_path, fetch=False)
         line = (f'run_lad_distil --experiment new --task toy --num_hidden_layers 2 --teacher {model} '
                 f'--ptrain_ver {model} --device_id -1')
         code, _, err = command(line, tmp_path, capsys)
@@ -522,7 +522,7 @@ def test_absurd_settings_of_a_checkpoint(done, quick):
     recipe = quick.replace(teacher=None, teacher_exp='quick', tckpt=6)
     says = (r'describes a model of [\d,]+ weights or more, the file beside it has [\d,]+ bytes'
             '.*num_hidden_layers 1000000000')
-    for way in (lambda: resolve(recipe, done.parent, fetch=False).to_dict(), lambda: open_run(done, 6)):
+    for way in (lambda: resolve(recipe, done.parent, fetch=False), lambda: open_run(done, 6)):
         with pytest.raises(ValueError, match=says): way()
 
 

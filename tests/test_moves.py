@@ -326,7 +326,7 @@ def test_a_gift_that_names_hub_ids(home, nobody_asked, capsys):
              '--data_dir', str(home/'RTE'), '--root', str(home)]
     for line in (['rerun', str(gift)], train):
         assert main(line) == 2 and '--allow_hub' in capsys.readouterr().err
-    assert any('--allow_hub' in what for what in resolve(mine, home, fetch=False).to_dict()['missing'])
+    assert any('--allow_hub' in what for what in resolve(mine, home, fetch=False).missing)
     assert open_run(gift)[0].teacher is not None and nobody_asked == []
     refused("No model 'stranger/encoder'",
             lambda: rerun(gift, progress=False, allow_hub=True),
