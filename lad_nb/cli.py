@@ -23,7 +23,8 @@ from .sources import teacher_folder
 from .experiment import rerun, resolve, run
 from .evaluation import best_checkpoint, plan_evaluation, score_checkpoints, write_predictions
 from .similarity import dev_losses
-from .benchmark import benchmark, benchmark_table, shapes
+from .loops import shapes
+from .benchmark import benchmark, benchmark_table
 from .quickstart import quickstart
 
 # %% ../nbs/72_cli.ipynb #4d92ef78
