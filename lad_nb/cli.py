@@ -16,7 +16,7 @@ import pandas as pd, transformers
 
 from .values import shown
 from .tasks import get_task, open_task
-from .runs import experiment_folder, find_checkpoint, run_setting
+from .runs import check_new, experiment_folder, find_checkpoint, run_setting
 from .settings import kind_of
 from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
 from .sources import teacher_folder
@@ -210,8 +210,11 @@ def _add_trainings(commands, recipe):
 
 # %% ../nbs/72_cli.ipynb #d6a790b0
 def _planned(recipe, args):
-    "The plan of a recipe, and what is not there yet"
-    plan = resolve(recipe, args.root, allow_hub=args.allow_hub, fetch=False)
+    "The plan of a recipe, and what is not there yet; refused where the run would be"
+    folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, args.root)
+    like = folder if args.resume else None
+    plan = resolve(recipe, args.root, like, args.allow_hub, fetch=False)
+    check_new(folder, args.resume)
     return plan.to_dict() | dict(missing=list(plan.missing))
 
 # %% ../nbs/72_cli.ipynb #45d564e2

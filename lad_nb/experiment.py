@@ -26,7 +26,7 @@ from .students import init_layers, make_student
 from .runs import (PLACES, check_new, check_sources, experiment_folder, find_checkpoint, remember,
                          run_description, seen_from)
 from .cache import teacher_cache
-from .training import DistilArguments, DistilTrainer, load_gates, train
+from .training import DistilArguments, DistilTrainer, check_enough, load_gates, train
 from .recipes import (Recipe, check_recipe, check_schedule, in_updates, mapping_of, recipe_from_dict,
                             student_start)
 from .sources import (FoundModel, NotAllowed, check_method, check_sizes_allowed, find_encoder,
@@ -207,6 +207,7 @@ def resolve(
     recipe = recipe if rows is None else in_updates(recipe, len(rows))
     check_schedule(recipe)
     check_batches(recipe, int(os.environ.get('WORLD_SIZE', 1)))
+    if rows is not None: check_enough(rows, recipe.batch_size)
     teacher = search('teacher', find_teacher, recipe, root, fetch)
     encoder = _encoder(recipe, teacher, allow_hub, search)
     plan = _settle(recipe, Path(root), rows, teacher, encoder, said, tuple(search.missing))

@@ -180,6 +180,16 @@ def test_a_run_is_scored_and_predicts(experiments, lad, capsys):
     assert code == 2 and 'There are: 2, 4' in err
 
 
+def test_a_dry_run_refuses_what_a_run_would(experiments, lad, capsys):
+    run(lad.replace(experiment='there', total_step=2, warmup_step=1), experiments, progress=False)
+    there = f"{LAD.replace('--experiment new', '--experiment there')} --total_step 2 --no-faithful"
+    for dry in ('', '--dry_run'):
+        code, out, err = lad_nb(f'{there} {dry}', experiments, capsys)
+        assert (code, out) == (2, '') and 'Resume it' in err
+        code, out, err = lad_nb(f'{LAD} --batch_size 100000 {dry}', experiments, capsys)
+        assert code == 2 and 'batch_size is 100000, but there are only 3000 training rows' in err
+
+
 def test_faithful_or_ours(experiments, capsys):
     planned = lambda more: json.loads(lad_nb(f'{LAD} --dry_run {more}', experiments, capsys)[1])
     faithful, ours = planned(''), planned('--no-faithful')
