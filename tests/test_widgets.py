@@ -260,6 +260,7 @@ def test_a_kernel_that_is_interrupted_and_restarted(experiments, recipe, whole, 
     opening, kernel = f"%run '{HERE/'open_stepper.py'}' '{recipe}' '{experiments}' resume", Kernel()
     try:
         assert kernel.run(opening)
+        assert kernel.run('import time; stepper.listen(lambda what: time.sleep(.15))')  # a second in all
         assert kernel.run('stepper.run_until()', interrupt=.4)
         assert 'Interrupted: held after update' in kernel.said
         assert kernel.run('stepper.state, 1 + 1') and "('held', 2)" in kernel.said
