@@ -229,14 +229,11 @@ def _train(args):
          f"Score it: lad-nb run_fine_tune_eval {flags}")
 
 # %% ../nbs/72_cli.ipynb #a5f5a748
-_dev_loss_only = {'teacher', 'teacher_exp', 'tmodel', 'tckpt', 'tdevice_id', 'softmax_temp', 'soft_weight',
-                  'hard_weight', 'log_step'}
-
-def _add_evaluation(commands, name, what, ask, without):
-    "A command that asks a run; its flags are the fields of an evaluation, but for some"
+def _add_evaluation(commands, name, what, ask, *audience):
+    "A command that asks a run; its flags are the fields of an evaluation that are for it"
     parser = _add_command(commands, name, what, _evaluate, ask=ask)
     for f in fields(Evaluation):
-        if f.name not in {'command', *without}: add_flag(parser, f)
+        if f.name != 'command' and f.metadata['audience'] in ('all', *audience): add_flag(parser, f)
     _add_dry_run(parser, 'print what would be read')
     _add_root(parser)
     return parser
@@ -245,14 +242,14 @@ def _add_evaluation(commands, name, what, ask, without):
 def _add_evaluations(commands):
     add = partial(_add_evaluation, commands)
     add('run_fine_tune_eval', 'score every checkpoint of an experiment, name the best, write a CSV',
-        _score, without={'ckpt', *_dev_loss_only})
+        _score)
     predict = add('generate_test_prediction', "write a checkpoint's GLUE submission file",
-                  _predict, without=_dev_loss_only)
+                  _predict, 'predictions')
     predict.set_defaults(dataset='test')
     predict.add_argument('--out', help='folder to write to; '
                                        'predictions/checkpoint-CKPT in the run folder by default')
     add('eval_dev_loss', 'the dev loss of every checkpoint, hard and soft, as a CSV and for TensorBoard',
-        _dev_loss, without={'ckpt'})
+        _dev_loss, 'dev_loss')
 
 # %% ../nbs/72_cli.ipynb #212c1633
 def _evaluate(args):
@@ -405,8 +402,9 @@ def parse(
 ) -> argparse.Namespace: # the flags; `command` is its name, `run` does it
     "Read one command line; `SystemExit(2)` with one line on stderr when something is wrong with it"
     parser = make_parser(recipe)
-    if not argv: parser.print_help()
-    if not argv: raise SystemExit(2)
+    if not argv:
+        parser.print_help()
+        raise SystemExit(2)
     if argv[0] in parser.commands: check_flags(parser.commands[argv[0]], argv[1:])
     elif argv[0] not in parser.flags:
         there = f" Commands are: {', '.join(parser.commands)}."

@@ -10,6 +10,7 @@ __all__ = ['Plan', 'mapping_told', 'sources_told', 'schedule_told', 'Search', 'd
 # %% ../nbs/47_experiment.ipynb #f1d0af50
 import os, warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from datasets import Dataset
@@ -53,9 +54,14 @@ class Plan:
         "The run folder"
         return experiment_folder(self.recipe.experiment, self.recipe.task, self.recipe.model, self.root)
 
+    @cached_property
+    def sources(self) -> dict:
+        "What a run depends on beside its recipe, by content: teacher, encoder, rows, precision"
+        return sources_told(self)
+
     def to_dict(self) -> dict:
         "As JSON has it: what --dry_run prints and recipe.json keeps. No absolute path is in it"
-        said = _recipe_told(self) | dict(mapping=mapping_told(self.mapping)) | sources_told(self)
+        said = _recipe_told(self) | dict(mapping=mapping_told(self.mapping)) | self.sources
         return said | dict(student=_student_told(self), schedule=schedule_told(self), device=self.device)
 
 # %% ../nbs/47_experiment.ipynb #f682e6ce
@@ -66,8 +72,7 @@ def _recipe_told(plan):
 
 def _student_told(plan):
     "Where the student's layers start from"
-    cut_from = 'teacher' if plan.encoder is None else 'encoder'
-    return dict(cut_from=cut_from, starts_from_layers={str(m): k for m, k in plan.starts_from.items()})
+    return dict(starts_from_layers={str(m): k for m, k in plan.starts_from.items()})
 
 # %% ../nbs/47_experiment.ipynb #3b705759
 def mapping_told(
@@ -102,9 +107,7 @@ def schedule_told(
     if recipe.epoch is not None or recipe.warmup_rate is not None:
         return dict(epoch=recipe.epoch, warmup_rate=recipe.warmup_rate)
     student = dict(warmup_step=recipe.warmup_step, total_step=recipe.total_step)
-    warmup, total = recipe.gate_warmup_step, recipe.gate_total_step
-    gates = dict(warmup_step=recipe.warmup_step if warmup is None else warmup,
-                 total_step=total or recipe.total_step)
+    gates = dict(zip(('warmup_step', 'total_step'), recipe.gate_steps))
     return dict(student=student, gates=gates) if plan.mapping.segments else dict(student=student)
 
 # %% ../nbs/47_experiment.ipynb #8ae5359e
@@ -211,7 +214,7 @@ def resolve(
     teacher = search('teacher', find_teacher, recipe, root, fetch)
     encoder = _encoder(recipe, teacher, allow_hub, search)
     plan = _settle(recipe, Path(root), rows, teacher, encoder, said, tuple(search.missing))
-    check_sources(said, sources_told(plan), like)
+    check_sources(said, plan.sources, like)
     check_models(recipe, teacher, encoder)
     check_method(said, recipe, plan.mapping, like)
     return plan

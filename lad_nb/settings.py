@@ -19,7 +19,7 @@ def setting(
     default,                # None: left open, and said in `help` what that means
     help: str,              # one line, without a full stop
     allowed=None,           # a `Range` of numbers, or a tuple of the texts that are allowed
-    audience: str='all',    # 'all' training commands, or those that train 'students'
+    audience: str='all',    # which commands have the flag: 'all', or a name that they know
     flags: tuple=(),        # further spellings on the command line
     trainer: str | None=None, # the field of `DistilArguments` that this is
     pairs: bool=False,      # may also be {student layer: encoder layer}

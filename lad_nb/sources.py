@@ -79,11 +79,9 @@ def teacher_folder(
 # %% ../nbs/46_sources.ipynb #4b42e00b
 def check_asked(
     name: str, # of a model
-    what: str, # teacher or encoder
 ):
     "`FileNotFoundError` for a model that only the hub has"
-    known = Path(name).exists() or name == SMALL or local_model(name) is not None
-    if not known:
+    if not Path(name).exists() and local_model(name) is None:
         raise FileNotFoundError(f"{name} is not a folder here; the hub would be asked")
 
 def find_teacher(
@@ -93,7 +91,7 @@ def find_teacher(
 ) -> FoundModel | None:             # None for methods without a teacher
     "The teacher that a recipe learns from"
     if not recipe.distils: return None
-    if recipe.teacher is not None and not fetch: check_asked(recipe.teacher, 'teacher')
+    if recipe.teacher is not None and not fetch: check_asked(recipe.teacher)
     folder = teacher_folder(recipe, root)
     return FoundModel(folder, recipe.teacher or str(folder))
 
@@ -148,7 +146,7 @@ def find_encoder(
     "The encoder that a student is cut from"
     name = encoder_of(recipe, teacher and teacher.folder, allow_hub)
     if name is None: return None
-    if not fetch: check_asked(name, 'encoder')
+    if not fetch: check_asked(name)
     return FoundModel(model_folder(name), name)
 
 # %% ../nbs/46_sources.ipynb #536ff7b2

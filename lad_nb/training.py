@@ -92,12 +92,13 @@ def plan_settings(
     plan, # recipe, counted in updates; folder, of the run; device, 'cuda:1'; precision, 'fp32' or 'bf16'
 ) -> dict: # of `DistilArguments`
     "The settings of a plan: those that its recipe names, and those that follow from several"
+    gate_warmup, gate_total = plan.recipe.gate_steps
     recipe, device, world = plan.recipe, torch.device(plan.device), int(os.environ.get('WORLD_SIZE', 1))
     return named_settings(recipe) | dict(
         output_dir=str(plan.folder), data_seed=recipe.seed, bf16=plan.precision == 'bf16',
         use_cpu=device.type == 'cpu', cuda_index=device.index,
         per_device_train_batch_size=recipe.batch_size//(recipe.accum_step*world),
-        gate_total_step=recipe.gate_total_step, gate_warmup_step=recipe.gate_warmup_step)
+        gate_total_step=gate_total, gate_warmup_step=gate_warmup)
 
 # %% ../nbs/44_training.ipynb #220ba905
 def save_gates(
