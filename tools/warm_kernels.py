@@ -40,7 +40,8 @@ class Forked:
 
     def __init__(self, process):
         process.start()
-        self.process, self.pid, self.kill, self.terminate = process, process.pid, process.kill, process.terminate
+        self.process, self.pid = process, process.pid
+        self.kill, self.terminate = process.kill, process.terminate
 
     def poll(self): return self.process.exitcode
 
