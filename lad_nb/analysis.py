@@ -130,7 +130,7 @@ def _readable(tokens, read):
 # %% ../nbs/50_analysis.ipynb #ce22aae2
 def _pieces(tokens, tokenizer):
     "The tokens of a row as lists: one token each, or those that are readable together only"
-    special, found = {*tokenizer.all_special_tokens}, []
+    special, found = {*tokenizer.all_special_tokens} - {tokenizer.unk_token}, [] # an unknown word is one
     while tokens:
         plain = list(takewhile(lambda t: t not in special, tokens[:4]))
         found.append(tokens[:_readable(plain, tokenizer.convert_tokens_to_string)])
