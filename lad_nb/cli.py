@@ -16,7 +16,7 @@ import pandas as pd, transformers
 
 from .values import shown
 from .tasks import get_task, open_task
-from .runs import check_new, experiment_folder, find_checkpoint, run_setting
+from .runs import check_new, experiment_folder, find_checkpoint, run_setting, task_of
 from .settings import kind_of
 from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
 from .sources import teacher_folder
@@ -257,6 +257,7 @@ def _evaluate(args):
     asked = evaluation_of(args)
     folder = experiment_folder(asked.experiment, asked.task, asked.model, args.root)
     _open_own_task(asked.data_dir or run_setting(folder, 'data_dir'))
+    task_of(asked.task, folder)
     if args.dry_run: return _print_json(plan_evaluation(asked, args.root))
     args.ask(asked, folder, args)
 
