@@ -127,14 +127,16 @@ def evaluate(
     device_id: int | None=None,          # as in `devices.pick_device`
     tokenizer=None,                      # the model folder's by default
     bad_rows: str | None=None,           # as in `data.read_tsv`; what the model's run was told, by default
-) -> dict:         
-    "Score a model on a split that has labels"
-    task, out, left_out = get_task(task), {}, []
-    names, bad_rows = splits_named(task, split), bad_rows or bad_rows_of(model)
+    rows: Rows | None=None,              # score on these, given in Python, instead of a split
+) -> dict:                               # metric: value; left_out and unlabelled (counts), where there are any
+    "Score a model on a split that has labels, or on rows: those that have one"
+    task, out, left_out = task_of(task, model), {}, []
+    names, rows, unlabelled = _to_score(task, split, data_dir, rows)
+    bad_rows = bad_rows or bad_rows_of(model)
     model, tokenizer = _with_tokenizer(model, task, tokenizer)
     for name in names:
-        rows = load_task(task, name, data_dir, bad_rows=bad_rows, left_out=left_out)
-        data = encode(rows, tokenizer, max_seq_len)
+        some = load_task(task, name, data_dir, bad_rows=bad_rows, left_out=left_out) if rows is None else rows
+        data = encode(some, tokenizer, max_seq_len)
         logits = predict(model, data, tokenizer, batch_size, device_id)
         suffix = name.removeprefix('dev') if len(names) > 1 else ''
         out |= {m + suffix: v for m, v in score(task, logits, np.array(data['labels'])).items()}

@@ -10,7 +10,7 @@ from lad_nb.tasks import tasks
 def main(folder):
     assert 'reviews' not in tasks
     rows = [dict(text='Anna sings.', text_pair='Anna sings.', label='entailment')]
-    assert set(evaluate(folder, 'reviews', rows=rows, device_id=-1)) == {'accuracy'}
+    assert set(evaluate(folder, 'reviews', max_seq_len=32, rows=rows, device_id=-1)) == {'accuracy'}
     recipe = open_run(folder)[2]
     print(recipe.task, *tasks[recipe.task].labels)
 

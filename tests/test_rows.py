@@ -129,7 +129,8 @@ def test_a_repeated_run_wants_its_rows(half_run):
 
 def test_scores_are_of_rows_with_labels(half_run, tmp_path):
     rows = toy_table(40)
-    whole, some = (evaluate(half_run, 'toy', rows=r, device_id=-1) for r in (rows[10:], toy_table(40, 10)))
+    whole, some = (evaluate(half_run, 'toy', max_seq_len=32, rows=r, device_id=-1)
+                   for r in (rows[10:], toy_table(40, 10)))
     assert some == whole | dict(unlabelled=10) and 'unlabelled' not in whole
     table = score_checkpoints(half_run, 'toy', rows=rows, device_id=-1)
     assert list(table.columns) == ['step', 'accuracy'] and (half_run/'eval-rows.csv').is_file()
@@ -137,7 +138,8 @@ def test_scores_are_of_rows_with_labels(half_run, tmp_path):
         evaluate(half_run, 'toy', rows=rows.drop(columns='label'), device_id=-1)
     with pytest.raises(ValueError, match='data_dir is .* and rows were given as well'):
         evaluate(half_run, 'toy', data_dir='x', rows=rows)
-    file, = write_predictions(half_run, 'toy', tmp_path, rows=rows.drop(columns='label'), device_id=-1)
+    blank = rows.drop(columns='label')
+    file, = write_predictions(half_run, 'toy', tmp_path, max_seq_len=32, rows=blank, device_id=-1)
     assert file.name == 'toy-rows.tsv' and len(pd.read_csv(file, sep='\t')) == 40
     shares = shares_by_example(open_run(half_run), rows=toy_table(8, 4), device_id=-1)
     labels = shares.drop_duplicates('example').label.tolist()
@@ -203,7 +205,7 @@ def test_write_task_takes_other_rows(tmp_path):
     write_task('kind', tmp_path/'b', ('bad', 'good'), ('text',), train=dataset, dev=frame.to_dict('records'))
     for name in ('train.tsv', 'dev.tsv'):
         assert (tmp_path/'a'/name).read_bytes() == (tmp_path/'b'/name).read_bytes()
-    with pytest.raises(ValueError, match=r'row 1: the label is None, .* run\(recipe, rows=...\)'):
+    with pytest.raises(ValueError, match=r'row 1: the label is nan, .* run\(recipe, rows=...\)'):
         write_task('kind', tmp_path/'c', ('bad', 'good'), ('text',), train=frame.assign(label=['bad', None]),
                    dev=frame)
     del tasks['kind']
