@@ -141,7 +141,7 @@ def test_scores_are_of_rows_with_labels(half_run, tmp_path):
     blank = rows.drop(columns='label')
     file, = write_predictions(half_run, 'toy', tmp_path, max_seq_len=32, rows=blank, device_id=-1)
     assert file.name == 'toy-rows.tsv' and len(pd.read_csv(file, sep='\t')) == 40
-    shares = shares_by_example(open_run(half_run), rows=toy_table(8, 4), device_id=-1)
+    shares = shares_by_example(half_run, rows=toy_table(8, 4), device_id=-1)
     labels = shares.drop_duplicates('example').label.tolist()
     assert [y in (0, 1) for y in labels] == [False]*4 + [True]*4
 
