@@ -128,7 +128,7 @@ def evaluate(
     tokenizer=None,                      # the model folder's by default
     bad_rows: str | None=None,           # as in `data.read_tsv`; what the model's run was told, by default
     rows: Rows | None=None,              # score on these, given in Python, instead of a split
-) -> dict:                               # metric: value; left_out and unlabelled (counts), where there are any
+) -> dict:                               # metric: value; left_out, unlabelled (counts), where there are any
     "Score a model on a split that has labels, or on rows: those that have one"
     task, out, left_out = task_of(task, model), {}, []
     names, rows, unlabelled = _to_score(task, split, data_dir, rows)
@@ -166,7 +166,8 @@ def score_checkpoints(
         found.append(dict(step=step) | scores)
         each(step, scores)
     table = pd.DataFrame(found)
-    write_text(folder/f"eval-{split if rows is None else 'rows'}.csv", table.to_csv(index=False, na_rep='NaN'))
+    name = split if rows is None else 'rows'
+    write_text(folder/f'eval-{name}.csv', table.to_csv(index=False, na_rep='NaN'))
     return table
 
 # %% ../nbs/48_evaluation.ipynb #302af2cc

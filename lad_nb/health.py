@@ -43,11 +43,11 @@ def check_hard_term(
     "`ValueError` for rows without labels where only labels would teach"
     if not unlabelled: return
     if not taught:
-        raise ValueError(f"{unlabelled} of {rows} training rows have no label, and there is no teacher to learn "
-                         "from. Drop these rows, or distil.")
+        raise ValueError(f"{unlabelled} of {rows} training rows have no label, and there is no teacher to "
+                         "learn from. Drop these rows, or distil.")
     if unlabelled == rows and hard_weight:
-        raise ValueError(f"None of the {rows} training rows has a label, and hard_weight is {hard_weight:g}. Take "
-                         "hard_weight=0 (--hard_weight 0), or give labels in the column 'label'.")
+        raise ValueError(f"None of the {rows} training rows has a label, and hard_weight is {hard_weight:g}. "
+                         "Take hard_weight=0 (--hard_weight 0), or give labels in the column 'label'.")
 
 # %% ../nbs/42_health.ipynb #407095f4
 def check_labelled(
@@ -59,7 +59,8 @@ def check_labelled(
         raise ValueError("The training data has no labels. Test splits have none; train on another one.")
     labels = np.array(data['labels'], dtype=float)
     without = _unlabelled(labels, distiller)
-    check_hard_term(int(without.sum()), len(labels), distiller.objective.hard_weight, distiller.teacher is not None)
+    taught, weight = distiller.teacher is not None, distiller.objective.hard_weight
+    check_hard_term(int(without.sum()), len(labels), weight, taught)
     bad = np.flatnonzero(_unknown(labels, distiller) & ~without)
     if len(bad):
         raise ValueError(f"The label of training row {bad[0]} (from 0) is {labels[bad[0]]:g}; the student's "

@@ -88,7 +88,8 @@ def _labels_shown(record):
     if known.all(): marks = ['']*len(labels)
     else:
         answers = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
-        labels, marks = torch.where(known, labels, answers.to(labels.dtype)), ['' if k else '?' for k in known]
+        labels = torch.where(known, labels, answers.to(labels.dtype))
+        marks = ['' if k else '?' for k in known]
     ids = labels.tolist()
     names = ids if record.student_logits.shape[1] == 1 else [record.id2label[i] for i in ids]
     return ids, [f'{name}?' if mark else name for name, mark in zip(names, marks)]

@@ -25,8 +25,8 @@ def text_columns(
     found = next((w for w in (task.columns, task.hub_columns, *ours) if w and set(w) <= set(there)), None)
     if found is None:
         wanted = ', or '.join(' and '.join(map(repr, w)) for w in dict.fromkeys((task.columns, ours[0])))
-        raise ValueError(f"The rows have the columns {', '.join(map(repr, there))}; the task {task.name} needs "
-                         f"{wanted}. Rename them.")
+        raise ValueError(f"The rows have the columns {', '.join(map(repr, there))}; the task {task.name} "
+                         f"needs {wanted}. Rename them.")
     second = {'text': 'text_pair', 'sentence1': 'sentence2'}.get(found[-1])
     if n == 1 and second in there:
         raise ValueError(f"The rows have {second!r} beside {found[0]!r}, and the task {task.name} reads one "
@@ -52,8 +52,8 @@ def _check_clear(task, value, where):
     if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value: return
     name = f'{value:g}'
     if name in task.labels and task.labels.index(name) != value:
-        raise ValueError(f"{where}: the label is {name}, which may be an id or the label named {name!r}, whose id "
-                         f"is {task.labels.index(name)}. Give the names as text.")
+        raise ValueError(f"{where}: the label is {name}, which may be an id or the label named {name!r}, whose "
+                         f"id is {task.labels.index(name)}. Give the names as text.")
 
 # %% ../nbs/13_rows.ipynb #a4a63125
 def _score(value):
@@ -75,15 +75,15 @@ def given_label(
     if found is not None: return found
     names = ', '.join(f'{i} ({name})' for i, name in task.id2label.items())
     allowed = 'a number from 0 to 5' if task.regression else names
-    raise ValueError(f"{where}: the label is {shown(repr(value)):.60}; {allowed} is allowed, and None for a row "
-                     "without a label.")
+    raise ValueError(f"{where}: the label is {shown(repr(value)):.60}; {allowed} is allowed, and None for a "
+                     "row without a label.")
 
 # %% ../nbs/13_rows.ipynb #33ac6260
 def _text(task, value, name, where):
     "A text, as it is"
     if isinstance(value, str) and value.strip(): return value
-    raise ValueError(f"{where}: {name!r} is {shown(repr(value)):.60}; a text was expected. Fill it in or drop the "
-                     "row.")
+    raise ValueError(f"{where}: {name!r} is {shown(repr(value)):.60}; a text was expected. Fill it in or "
+                     "drop the row.")
 
 # %% ../nbs/13_rows.ipynb #35d3eaf1
 def _inner(batch, numbers, task, texts, label, names, called=None):
@@ -118,8 +118,8 @@ def _from_dataset(rows, task, texts, label):
     names = getattr(rows.features.get(label), 'names', None)
     unknown = [n for n in names or [] if _class_id(task, n) is None]
     if unknown:
-        raise ValueError(f"The rows' labels are named {names}, the task {task.name} has {list(task.labels)}. Name "
-                         "them alike: cast_column with ClassLabel(names=..).")
+        raise ValueError(f"The rows' labels are named {names}, the task {task.name} has {list(task.labels)}. "
+                         "Name them alike: cast_column with ClassLabel(names=..).")
     how = dict(task=task, texts=texts, label=label, names=names)
     rows = rows.with_format(None).select_columns([*texts, *([label] if label else [])])
     return rows.map(partial(_inner, **how), batched=True, with_indices=True, features=features(task),
@@ -139,7 +139,8 @@ def rows_of(
     if not len(rows): raise ValueError("There are no rows: at least one was expected.")
     columns, called = ({}, None) if isinstance(rows, Dataset) else _columns(rows)
     there = rows.column_names if isinstance(rows, Dataset) else list(columns)
-    texts, label = text_columns(task, there), next((n for n in (task.label_column, 'label') if n in there), None)
+    texts = text_columns(task, there)
+    label = next((n for n in (task.label_column, 'label') if n in there), None)
     if isinstance(rows, Dataset): return _from_dataset(rows, task, texts, label)
     out = _inner(columns, range(len(rows)), task, texts, label, None, called)
     return Dataset.from_dict(out, features=features(task))
@@ -159,6 +160,6 @@ def labelled_only(
     "What can be scored; `ValueError` if nothing can"
     if not (unlabelled := count_unlabelled(rows)): return rows, 0
     if unlabelled == len(rows):
-        raise ValueError(f"None of the {len(rows)} rows has a label: nothing to score against. Give labels in the "
-                         "column 'label', or ask for predictions (write_predictions).")
+        raise ValueError(f"None of the {len(rows)} rows has a label: nothing to score against. Give labels in "
+                         "the column 'label', or ask for predictions (write_predictions).")
     return rows.select([i for i, y in enumerate(rows['label']) if y is not None]), unlabelled

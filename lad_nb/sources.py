@@ -187,8 +187,10 @@ def given_rows(
 ):                  # Dataset
     "Rows given in Python, as a recipe trains on them; `ValueError` for a folder beside them"
     if recipe.data_dir is not None:
-        raise ValueError(f"data_dir is {recipe.data_dir!r}, and rows were given as well: take one of the two.")
-    return draw_rows(rows_of(recipe.task, rows), recipe.train_size, recipe.sample_seed, 'what was given as rows')
+        raise ValueError(f"data_dir is {recipe.data_dir!r}, and rows were given as well: take one of the "
+                         "two.")
+    what = 'what was given as rows'
+    return draw_rows(rows_of(recipe.task, rows), recipe.train_size, recipe.sample_seed, what)
 
 # %% ../nbs/46_sources.ipynb #198c5b4f
 def find_rows(

@@ -260,7 +260,8 @@ def task_from_dict(
 ) -> Task:
     "A task of one's own; `ValueError` for what `write_task` would not write"
     try: task = Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
-    except (TypeError, AttributeError) as e: raise ValueError(f"no names and values of a task ({e}).") from None
+    except (TypeError, AttributeError) as e:
+        raise ValueError(f"no names and values of a task ({e}).") from None
     _check_own(task)
     return task
 
@@ -274,7 +275,8 @@ def open_task(
         raise FileNotFoundError(f"{folder} has no task.json: it is not a folder that write_task wrote.")
     try: task = task_from_dict(read_json(path))
     except ValueError as e:
-        raise ValueError(f"{path} describes no task of your own: {e} Write it anew with write_task.") from None
+        why = f"{path} describes no task of your own: {e} Write it anew with write_task."
+        raise ValueError(why) from None
     tasks[task.name] = task
     return task
 
@@ -333,10 +335,11 @@ def learn_task(
     "Make the task of a run folder known; `ValueError` if its name means another one here"
     if 'task' not in said: return
     try: task = task_from_dict(said['task'])
-    except ValueError as e: raise ValueError(f"{who}/recipe.json describes no task of your own: {e}") from None
+    except ValueError as e:
+        raise ValueError(f"{who}/recipe.json describes no task of your own: {e}") from None
     here, same = tasks.setdefault(task.name, task), ('labels', 'columns', 'label_column', 'metrics')
     if any(getattr(here, f) != getattr(task, f) for f in same):
-        raise ValueError(f"{who} was trained on a task {task.name} with labels {list(task.labels)} in columns "
-                         f"{list(task.columns)}; here that name has labels {list(here.labels)} in columns "
+        raise ValueError(f"{who} was trained on a task {task.name} with labels {list(task.labels)} in "
+                         f"columns {list(task.columns)}; here that name has labels {list(here.labels)} in columns "
                          f"{list(here.columns)}. Give one of the two another name, or open the run in a new "
                          "process.")

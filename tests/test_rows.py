@@ -42,7 +42,7 @@ def half_run(given, tmp_path_factory):
 
 
 def test_given_rows_are_the_same_rows(quick, tmp_path):
-    """A frame, a Dataset and dicts in three spellings of columns and labels: the bytes of the task's own rows."""
+    """A frame, dicts and a Dataset, with ids or names: the bytes of the task's own rows."""
     one = run(quick.replace(experiment='files'), tmp_path, progress=False)
     toy = load_task('toy')
     named = pd.DataFrame(dict(text=toy['sentence1'], text_pair=toy['sentence2'],
@@ -122,7 +122,8 @@ def test_a_repeated_run_wants_its_rows(half_run):
     rows = toy_table(unlabelled=80)
     with pytest.raises(ValueError, match=r'given in Python: 160 rows, sha256 \w{12}\.\. Give the same'):
         rerun(half_run)
-    with pytest.raises(ValueError, match=r'160 rows, sha256 \w{12}\.\.; 160 rows, sha256 .* rows \(rows=...\)'):
+    both = r'160 rows, sha256 \w{12}\.\.; 160 rows, sha256 .* rows \(rows=...\)'
+    with pytest.raises(ValueError, match=both):
         rerun(half_run, rows=toy_table(unlabelled=79))
     assert same_bytes(half_run, rerun(half_run, progress=False, rows=rows))
 
@@ -159,7 +160,8 @@ REFUSED = {
     "row 5: 'text' is 3; a text was expected": lambda t: t.assign(text=[*t.text[:5], 3, *t.text[6:]]),
     'None of the 160 training rows has a label, and hard_weight is 0.3. Take hard_weight=0 (--hard_weight 0)':
         lambda t: t.drop(columns='label'),
-    "The rows' labels are named": lambda t: Dataset.from_pandas(t.assign(label='x')).class_encode_column('label'),
+    "The rows' labels are named":
+        lambda t: Dataset.from_pandas(t.assign(label='x')).class_encode_column('label'),
 }
 
 

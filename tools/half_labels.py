@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python tools/half_labels.py ROOT [--lr 9e-4]
 
 A teacher of 6 layers (all-minilm-l6-v2, fine-tuned here) teaches students of 3 by LAD, in the settings of
-nbs/analyses (8,000 rows, 500 updates, the learning rate that LAD was tuned to). Half of the labels are deleted by a
-seeded draw. Two more students say what that is worth: one without any label (hard_weight 0), and one that never saw
-the rows whose labels are gone. One seed, dev accuracy of the end. ROOT keeps the runs: the same command goes on where
-it stopped. A run that is done is a line of ROOT/half_of_the_labels.jsonl, which
-nbs/analyses/half_of_the_labels.ipynb reads from nbs/analyses/results.
+nbs/analyses (8,000 rows, 500 updates, the learning rate that LAD was tuned to). Half of the labels are
+deleted by a seeded draw. Two more students say what that is worth: one without any label (hard_weight 0),
+and one that never saw the rows whose labels are gone. One seed, dev accuracy of the end. ROOT keeps the
+runs: the same command goes on where it stopped. A run that is done is a line of
+ROOT/half_of_the_labels.jsonl, which nbs/analyses/half_of_the_labels.ipynb reads from nbs/analyses/results.
 """
 
 import argparse
@@ -75,7 +75,8 @@ def table(path):
     """What the runs gave."""
     lines = lines_of(path).values()
     frame = pd.DataFrame({line['name']: dict(
-        rows=line['rows']['count'], labelled=line['rows']['count'] - line['rows'].get('unlabelled', 0),
+        rows=line['rows']['count'],
+        labelled=line['rows']['count'] - line['rows'].get('unlabelled', 0),
         updates=line['recipe']['total_step'], lr=line['recipe']['lr'], accuracy=line['scores']['accuracy'],
         seconds=line['seconds']) for line in lines}).T
     return frame.astype(dict(rows=int, labelled=int, updates=int))
@@ -84,7 +85,7 @@ def table(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('root', type=Path, help='where runs and results are kept')
-    parser.add_argument('--lr', type=float, default=9e-4, help='of the students; what LAD was tuned to on SST-2')
+    parser.add_argument('--lr', type=float, default=9e-4, help='of the students; LAD was tuned to it')
     parser.add_argument('--size', type=int, default=8000, help='training rows')
     parser.add_argument('--updates', type=int, default=500)
     args = parser.parse_args()
