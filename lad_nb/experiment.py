@@ -269,7 +269,8 @@ def _new_teacher(plan):
 
 def _new_student(plan, teacher):
     "A student, cut from the pretrained encoder or from the teacher"
-    r, encoder = plan.recipe, teacher.base_model if plan.encoder is None else load_encoder(plan.encoder.folder)
+    r = plan.recipe
+    encoder = teacher.base_model if plan.encoder is None else load_encoder(plan.encoder.folder)
     sizes = {name: getattr(r, name) for name in SIZES}
     return make_student(encoder, r.num_hidden_layers, get_task(r.task), plan.starts_from, r.copy_embeddings,
                         r.dropout, seed=r.seed, **sizes)
@@ -305,7 +306,8 @@ def assemble(
 
 def _cache(plan, distiller, data, tokenizer, progress):
     "The teacher's states, beside the experiments that share them"
-    return teacher_cache(distiller.teacher, data, tokenizer, plan.root/'teacher_cache', progress=progress)
+    return teacher_cache(distiller.teacher, data, tokenizer, plan.root/'teacher_cache', progress=progress,
+                         precision=plan.recipe.cache_precision)
 
 # %% ../nbs/47_experiment.ipynb #925512fc
 def run(

@@ -22,7 +22,6 @@ from .rows import Rows, rows_of
 from .mappings import Mapping, mapping_from_dict
 from .models import SMALL, local_model, model_folder, weights_hash
 from .encoders import positions, read_config
-from .students import size_setting
 from .runs import (find_checkpoint, find_experiment, found_from, pretrained_of, remember, remembered,
                          seen_from)
 from .recipes import Recipe
