@@ -52,8 +52,8 @@ def _check_clear(task, value, where):
     if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value: return
     name = f'{value:g}'
     if name in task.labels and task.labels.index(name) != value:
-        raise ValueError(f"{where}: the label is {name}, which may be an id or the label named {name!r}, whose "
-                         f"id is {task.labels.index(name)}. Give the names as text.")
+        raise ValueError(f"{where}: the label is {name}, which may be an id or the label named {name!r}, "
+                         f"whose id is {task.labels.index(name)}. Give the names as text.")
 
 # %% ../nbs/13_rows.ipynb #a4a63125
 def _score(value):
@@ -160,6 +160,6 @@ def labelled_only(
     "What can be scored; `ValueError` if nothing can"
     if not (unlabelled := count_unlabelled(rows)): return rows, 0
     if unlabelled == len(rows):
-        raise ValueError(f"None of the {len(rows)} rows has a label: nothing to score against. Give labels in "
-                         "the column 'label', or ask for predictions (write_predictions).")
+        raise ValueError(f"None of the {len(rows)} rows has a label: nothing to score against. Give labels "
+                         "in the column 'label', or ask for predictions (write_predictions).")
     return rows.select([i for i, y in enumerate(rows['label']) if y is not None]), unlabelled
