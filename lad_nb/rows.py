@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from .values import plain, shown
 from .tasks import Task, features, get_task
+from .data import progress_bars
 
 # %% ../nbs/13_rows.ipynb #7b4b6d7e
 def text_columns(
@@ -122,9 +123,10 @@ def _from_dataset(rows, task, texts, label):
                          "Name them alike: cast_column with ClassLabel(names=..).")
     how = dict(task=task, texts=texts, label=label, names=names)
     rows = rows.with_format(None).select_columns([*texts, *([label] if label else [])])
-    return rows.map(partial(_inner, **how), batched=True, with_indices=True, features=features(task),
-                    remove_columns=rows.column_names, keep_in_memory=not rows.cache_files,
-                    load_from_cache_file=False, desc='rows')
+    with progress_bars(len(rows) > 20_000):
+        return rows.map(partial(_inner, **how), batched=True, with_indices=True, features=features(task),
+                        remove_columns=rows.column_names, keep_in_memory=not rows.cache_files,
+                        load_from_cache_file=False, desc='rows')
 
 # %% ../nbs/13_rows.ipynb #963038d1
 Rows = Dataset | pd.DataFrame | list # what `rows_of` takes
