@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from .values import plain, shown
 from .tasks import Task, features, get_task
+from .data import progress_bars
 
 # %% ../nbs/13_rows.ipynb #7b4b6d7e
 def text_columns(
@@ -52,8 +53,8 @@ def _check_clear(task, value, where):
     if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value: return
     name = f'{value:g}'
     if name in task.labels and task.labels.index(name) != value:
-        raise ValueError(f"{where}: the label is {name}, which may be an id or the label named {name!r}, whose "
-                         f"id is {task.labels.index(name)}. Give the names as text.")
+        raise ValueError(f"{where}: the label is {name}, which may be an id or the label named {name!r}, "
+                         f"whose id is {task.labels.index(name)}. Give the names as text.")
 
 # %% ../nbs/13_rows.ipynb #a4a63125
 def _score(value):
@@ -122,9 +123,10 @@ def _from_dataset(rows, task, texts, label):
                          "Name them alike: cast_column with ClassLabel(names=..).")
     how = dict(task=task, texts=texts, label=label, names=names)
     rows = rows.with_format(None).select_columns([*texts, *([label] if label else [])])
-    return rows.map(partial(_inner, **how), batched=True, with_indices=True, features=features(task),
-                    remove_columns=rows.column_names, keep_in_memory=not rows.cache_files,
-                    load_from_cache_file=False, desc='rows')
+    with progress_bars(len(rows) > 20_000):
+        return rows.map(partial(_inner, **how), batched=True, with_indices=True, features=features(task),
+                        remove_columns=rows.column_names, keep_in_memory=not rows.cache_files,
+                        load_from_cache_file=False, desc='rows')
 
 # %% ../nbs/13_rows.ipynb #963038d1
 Rows = Dataset | pd.DataFrame | list # what `rows_of` takes
@@ -160,6 +162,6 @@ def labelled_only(
     "What can be scored; `ValueError` if nothing can"
     if not (unlabelled := count_unlabelled(rows)): return rows, 0
     if unlabelled == len(rows):
-        raise ValueError(f"None of the {len(rows)} rows has a label: nothing to score against. Give labels in "
-                         "the column 'label', or ask for predictions (write_predictions).")
+        raise ValueError(f"None of the {len(rows)} rows has a label: nothing to score against. Give labels "
+                         "in the column 'label', or ask for predictions (write_predictions).")
     return rows.select([i for i, y in enumerate(rows['label']) if y is not None]), unlabelled

@@ -340,6 +340,6 @@ def learn_task(
     here, same = tasks.setdefault(task.name, task), ('labels', 'columns', 'label_column', 'metrics')
     if any(getattr(here, f) != getattr(task, f) for f in same):
         raise ValueError(f"{who} was trained on a task {task.name} with labels {list(task.labels)} in "
-                         f"columns {list(task.columns)}; here that name has labels {list(here.labels)} in columns "
-                         f"{list(here.columns)}. Give one of the two another name, or open the run in a new "
-                         "process.")
+                         f"columns {list(task.columns)}; here that name has labels {list(here.labels)} "
+                         f"in columns {list(here.columns)}. Give one of the two another name, or open the "
+                         "run in a new process.")
