@@ -200,7 +200,7 @@ def check_sizes_allowed(
 ):
     "`ValueError` for rows longer than a model has positions, or a student that this machine cannot hold"
     config = model.config
-    most = positions(config)
+    most = positions(config, model.name)
     if most is not None and recipe.max_seq_len > most:
         raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {most} is allowed by {model.name}, which "
                          "has so many positions.")
