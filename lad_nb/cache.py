@@ -9,6 +9,7 @@ __all__ = ['fingerprint', 'cache_bytes', 'TeacherCache', 'read_states', 'read_lo
 # %% ../nbs/41_cache.ipynb #37c122f5
 import errno, hashlib, json, shutil, sys
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np, safetensors.torch, torch
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .durable import file_hash, load_weights, lock_folder, write_aside, write_text
 from .data import collator
-from .distiller import Distiller
+from .distiller import Distiller, inputs_of
 
 # %% ../nbs/41_cache.ipynb #f38db530
 _not_content = ('_name_or_path', 'transformers_version', 'architectures', 'id2label', 'label2id',
@@ -37,14 +38,15 @@ def _weights(teacher):
 
 # %% ../nbs/41_cache.ipynb #b3854fae
 def _token_ids(data):
-    "Length, ids and segments of every row"
-    for rows in data.select_columns(['input_ids', 'token_type_ids']).iter(10_000):
-        for ids, types in zip(rows['input_ids'], rows['token_type_ids']):
-            yield np.array([len(ids), *ids, *types], dtype=np.int32)
+    "Length, ids and, where there are any, segments of every row"
+    columns = [c for c in ('input_ids', 'token_type_ids') if c in data.column_names]
+    for rows in data.select_columns(columns).iter(10_000):
+        for ids, *types in zip(*map(rows.get, columns)):
+            yield np.array([len(ids), *ids, *chain(*types)], dtype=np.int32)
 
 # %% ../nbs/41_cache.ipynb #33d3133e
 def fingerprint(
-    teacher, # `BertForSequenceClassification`
+    teacher, # a classifier
     data,    # from `data.encode`
 ) -> str:    # 32 hex digits
     "Name a teacher's states on some rows by content: weights, configuration, token ids, precision"
@@ -60,7 +62,7 @@ def _lengths(data):
 
 # %% ../nbs/41_cache.ipynb #02f3127f
 def cache_bytes(
-    teacher, # `BertForSequenceClassification`
+    teacher, # a classifier
     data,    # from `data.encode`
 ) -> int:    # bytes
     "What a cache of these rows takes on disk"
@@ -164,8 +166,9 @@ def _ask(teacher, data, tokenizer, batch_size):
     out, starts = _empty_shard(teacher.config, lengths, teacher.dtype), np.cumsum(lengths) - lengths
     order = np.argsort(-lengths, kind='stable')
     for rows in np.array_split(order, range(batch_size, len(order), batch_size)):
-        batch = collate([{k: data[int(i)][k] for k in _inputs} for i in rows]).to(teacher.device)
-        found = teacher(**batch, output_hidden_states=True)
+        some = data.select(rows).select_columns([c for c in _inputs if c in data.column_names])
+        batch = collate(list(some)).to(teacher.device)
+        found = teacher(**inputs_of(teacher, batch), output_hidden_states=True)
         for b, i in enumerate(rows):
             real = slice(starts[i], starts[i] + lengths[i])
             for k, h in enumerate(found.hidden_states[1:], start=1):
@@ -265,7 +268,7 @@ def _complete(folder, teacher, data, tokenizer, batch_size, shard_bytes, progres
 
 # %% ../nbs/41_cache.ipynb #bfebc3c0
 def teacher_cache(
-    teacher,                  # `BertForSequenceClassification`, in eval mode, on the device to compute on
+    teacher,                  # a classifier, in eval mode, on the device to compute on
     data,                     # from `data.encode`
     tokenizer,                # pads
     root: str | Path='experiments/teacher_cache', # folder of all caches; each is named by `fingerprint`

@@ -16,7 +16,7 @@ import pandas as pd, transformers
 
 from .values import shown
 from .tasks import get_task, open_task
-from .runs import check_new, experiment_folder, find_checkpoint, run_setting
+from .runs import check_new, find_experiment, find_checkpoint, run_setting
 from .settings import kind_of
 from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
 from .sources import teacher_folder
@@ -211,7 +211,7 @@ def _add_trainings(commands, recipe):
 # %% ../nbs/72_cli.ipynb #d6a790b0
 def _planned(recipe, args):
     "The plan of a recipe, and what is not there yet; refused where the run would be"
-    folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, args.root)
+    folder = find_experiment(recipe.experiment, recipe.task, recipe.model, args.root)
     like = folder if args.resume else None
     plan = resolve(recipe, args.root, like, args.allow_hub, fetch=False)
     check_new(folder, args.resume)
@@ -255,7 +255,7 @@ def _add_evaluations(commands):
 def _evaluate(args):
     "What the three have in common: find the run and its task, then ask, or say what would be read"
     asked = evaluation_of(args)
-    folder = experiment_folder(asked.experiment, asked.task, asked.model, args.root)
+    folder = find_experiment(asked.experiment, asked.task, asked.model, args.root)
     _open_own_task(asked.data_dir or run_setting(folder, 'data_dir'))
     if args.dry_run: return _print_json(plan_evaluation(asked, args.root))
     args.ask(asked, folder, args)

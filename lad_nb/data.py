@@ -231,8 +231,9 @@ def _bars(wanted):
 # %% ../nbs/12_data.ipynb #239c0b2b
 def _tokenise(rows, tokenizer, max_seq_len):
     "Token ids of some rows; of a pair that is too long, the longer sentence is cut first"
+    types = 'token_type_ids' in tokenizer.model_input_names # not every family has segments
     out = tokenizer(rows['sentence1'], rows.get('sentence2'), truncation=True, max_length=max_seq_len,
-                    return_token_type_ids=True)
+                    return_token_type_ids=types)
     return dict(out) | ({'labels': rows['label']} if 'label' in rows else {})
 
 # %% ../nbs/12_data.ipynb #0a08211f
@@ -240,7 +241,7 @@ def encode(
     data: Dataset,        # from `load_task`
     tokenizer,            # of teacher and student
     max_seq_len: int=128, # S: longer pairs are cut, the longer sentence first
-) -> Dataset:             # input_ids, token_type_ids, attention_mask (unpadded lists), labels if there are
+) -> Dataset:             # input_ids, attention_mask (unpadded lists); token_type_ids, labels if there are
     "Tokenise a split once; rows keep their order, and what is read from disk stays on disk"
     limit = getattr(tokenizer, 'model_max_length', max_seq_len)
     if not 4 <= max_seq_len <= limit:
@@ -272,7 +273,7 @@ def collator(
     padding: str='longest', # 'longest' of the batch, rounded up to a multiple of 8; or 'max_length': (B, S)
     max_seq_len: int=128,   # S; when it is not a multiple of 8, nothing is rounded
 ) -> DataCollatorWithPadding:
-    "What turns rows into a batch of tensors: input_ids, token_type_ids, attention_mask (B, S); labels (B,)"
+    "What turns rows into a batch of tensors: (B, S) of input_ids, attention_mask, ..; (B,) of labels"
     if padding not in ('longest', 'max_length'):
         raise ValueError(f"padding is {padding!r}; it is 'longest' or 'max_length'.")
     fixed = padding == 'max_length'

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['DistilOutput', 'check_weights', 'logit_losses', 'pair_losses', 'GatesAndProjections', 'HiddenObjective', 'Objective',
-           'GateMeasures', 'layer_amounts', 'SourceMeasures', 'check_fit', 'FrozenTeacher', 'Distiller']
+           'GateMeasures', 'layer_amounts', 'SourceMeasures', 'check_fit', 'inputs_of', 'FrozenTeacher', 'Distiller']
 
 # %% ../nbs/24_distiller.ipynb #971d164e
 from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig
+from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from .gates import Aggregates, GateChain, gate_amounts, part_amounts, to_shares, widen
@@ -276,8 +276,8 @@ def _check_layers(who, config, mapping, letter):
 
 # %% ../nbs/24_distiller.ipynb #042b7bea
 def check_fit(
-    student: BertConfig,        # the student's settings
-    teacher: BertConfig | None, # the teacher's; None checks the student alone
+    student: PreTrainedConfig,        # the student's settings
+    teacher: PreTrainedConfig | None, # the teacher's; None checks the student alone
     mapping: Mapping,
 ):
     "`ValueError` for two models and a mapping that do not go together; says both values and the remedy"
@@ -294,13 +294,22 @@ def check_fit(
         raise ValueError(f"The student's labels are {ours}, the teacher's {theirs}. "
                          "Give both the same labels in the same order.")
 
+# %% ../nbs/24_distiller.ipynb #03407aa0
+def inputs_of(
+    model: nn.Module, # a classifier
+    batch: dict,      # {name: tensor, or None}
+) -> dict:            # what its `forward` gets
+    "What a model reads of a batch: all that is there; token types only if it has several"
+    several = getattr(model.config, 'type_vocab_size', 0) > 1
+    return {k: v for k, v in batch.items() if v is not None and (several or k != 'token_type_ids')}
+
 # %% ../nbs/24_distiller.ipynb #717e79fa
 class FrozenTeacher(nn.Module):
     "Holds a teacher aside, frozen and in eval mode"
     needs_states = False # True: hidden states are needed even when nobody asks for them
 
     def __init__(self,
-        teacher: nn.Module | None=None, # `BertForSequenceClassification` with T layers, or none
+        teacher: nn.Module | None=None, # a classifier with T layers, or none
     ):
         super().__init__()
         # a tuple, so that it is not a submodule
@@ -320,7 +329,7 @@ class FrozenTeacher(nn.Module):
         device, teacher = input_ids.device, self.teacher
         if teacher.device.type != device.type: teacher.to(device)
         batch = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        batch = {k: v.to(teacher.device) for k, v in batch.items() if v is not None}
+        batch = {k: v.to(teacher.device) for k, v in inputs_of(teacher, batch).items()}
         wanted = output_states or self.needs_states
         out = teacher(**batch, output_hidden_states=wanted)
         hidden = [h.to(device) for h in out.hidden_states[1:]] if wanted else None
@@ -341,7 +350,7 @@ def _labels_only(mapping, options):
 class Distiller(SourceMeasures, FrozenTeacher):
     "A student, its frozen teacher and the objective between them"
     def __init__(self,
-        student: nn.Module,             # `BertForSequenceClassification` with M layers
+        student: nn.Module,             # a classifier with M layers
         teacher: nn.Module | None=None, # the same with T layers; None trains the student on labels alone
         mapping: Mapping | None=None,   # what each student layer learns from; None: no hidden loss
         **objective,                    # options of `Objective`, from norm on
@@ -373,7 +382,8 @@ class Distiller(SourceMeasures, FrozenTeacher):
         batch = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         if self.teacher is not None and teacher_logits is None:
             teacher_hidden, teacher_logits = self.ask_teacher(**batch, output_states=output_states)
-        out = self.student(**batch, output_hidden_states=output_states or self.needs_states)
+        wanted = output_states or self.needs_states
+        out = self.student(**inputs_of(self.student, batch), output_hidden_states=wanted)
         student_hidden = [] if out.hidden_states is None else out.hidden_states[1:]
         return self.objective(student_hidden, out.logits, teacher_hidden, teacher_logits, labels,
                               attention_mask, output_states, tokens)

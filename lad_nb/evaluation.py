@@ -23,7 +23,7 @@ from .tasks import Task, get_task, splits_named
 from .data import check_vocabulary, collator, encode, find_data, load_task
 from .models import SMALL, load_tokenizer
 from .encoders import load_classifier
-from .runs import bad_rows_of, checkpoints, experiment_folder, find_checkpoint, run_setting
+from .runs import bad_rows_of, checkpoints, find_experiment, find_checkpoint, run_setting
 from .training import DistilArguments
 from .recipes import Evaluation
 from .sources import teacher_folder
@@ -298,7 +298,7 @@ def _planned_teacher(evaluation, root, missing):
     except FileNotFoundError as e: missing.append(f'teacher: {e}')
     if here is None and name is not None:
         missing.append(f'teacher: {name} is not a folder here; the hub would be asked')
-    named = name or experiment_folder(evaluation.teacher_exp, evaluation.task, evaluation.tmodel, root)
+    named = name or find_experiment(evaluation.teacher_exp, evaluation.task, evaluation.tmodel, root)
     return str(here or named)
 
 # %% ../nbs/48_evaluation.ipynb #728b54e4
@@ -310,7 +310,7 @@ def plan_evaluation(
     task, missing = get_task(evaluation.task), []
     predicts = evaluation.command == 'generate_test_prediction'
     names = splits_named(task, evaluation.dataset, labelled=not predicts)
-    folder = experiment_folder(evaluation.experiment, evaluation.task, evaluation.model, root)
+    folder = find_experiment(evaluation.experiment, evaluation.task, evaluation.model, root)
     places = _planned_checkpoints(evaluation, folder, missing)
     teacher = _planned_teacher(evaluation, root, missing)
     data_dir = evaluation.data_dir or run_setting(folder, 'data_dir')

@@ -23,15 +23,16 @@ from .mappings import Mapping, mapping_from_dict, mapping_to_dict
 from .distiller import Distiller
 from .models import load_tokenizer
 from .encoders import check_labels, load_classifier, load_encoder, make_classifier
-from .students import init_layers, make_student
-from .runs import (PLACES, check_new, check_sources, experiment_folder, find_checkpoint, remember,
-                         run_description, seen_from)
+from .students import SIZES, init_layers, make_student, other_sizes
+from .runs import (PLACES, check_new, check_sources, experiment_folder, find_checkpoint,
+                         find_experiment, remember, run_description, seen_from)
 from .cache import teacher_cache
 from .training import DistilArguments, DistilTrainer, check_enough, load_gates, train
 from .recipes import (Recipe, check_recipe, check_schedule, in_updates, mapping_of, recipe_from_dict,
                             student_start)
 from .sources import (FoundModel, NotAllowed, check_method, check_sizes_allowed, find_encoder,
-                            find_rows, find_teacher, own_model, rows_hash, teacher_of, told)
+                            find_rows, find_teacher, own_model, rows_hash, teacher_of, told,
+                            with_families)
 
 # %% ../nbs/47_experiment.ipynb #346e7529
 @dataclass(frozen=True)
@@ -163,11 +164,8 @@ def layers_to_start_from(
 ) -> dict:             # {student layer: encoder layer, or None: random}; {} where nothing is copied
     "Which layers of the encoder the student's begin as"
     if recipe.method == 'fine_tune': return {}
-    sizes = dict(d_model='hidden_size', d_ff='intermediate_size', num_attention_heads='num_attention_heads',
-                 type_vocab_size='type_vocab_size')
-    asked = {theirs: getattr(recipe, ours) for ours, theirs in sizes.items()}
-    resized = [n for theirs, n in asked.items() if config and n not in (None, getattr(config, theirs))]
-    if resized: return {}
+    sizes = {name: getattr(recipe, name) for name in SIZES}
+    if config is not None and other_sizes(config, **sizes): return {}
     depth = mapping.T if config is None else config.num_hidden_layers
     start = student_start(recipe, mapping if recipe.distils else None)
     return init_layers(start, depth, recipe.num_hidden_layers)
@@ -213,6 +211,7 @@ def resolve(
     if rows is not None: check_enough(rows, recipe.batch_size)
     teacher = search('teacher', find_teacher, recipe, root, fetch)
     encoder = _encoder(recipe, teacher, allow_hub, search)
+    recipe = with_families(recipe, teacher, encoder)
     plan = _settle(recipe, Path(root), rows, teacher, encoder, said, tuple(search.missing))
     check_sources(said, plan.sources, like)
     check_models(recipe, teacher, encoder)
@@ -260,9 +259,8 @@ def _new_teacher(plan):
 
 def _new_student(plan, teacher):
     "A student, cut from the pretrained encoder or from the teacher"
-    r, encoder = plan.recipe, teacher.bert if plan.encoder is None else load_encoder(plan.encoder.folder)
-    sizes = dict(d_model=r.d_model, d_ff=r.d_ff, num_attention_heads=r.num_attention_heads,
-                 type_vocab_size=r.type_vocab_size)
+    r, encoder = plan.recipe, teacher.base_model if plan.encoder is None else load_encoder(plan.encoder.folder)
+    sizes = {name: getattr(r, name) for name in SIZES}
     return make_student(encoder, r.num_hidden_layers, get_task(r.task), plan.starts_from, r.copy_embeddings,
                         r.dropout, seed=r.seed, **sizes)
 
@@ -310,7 +308,7 @@ def run(
     allow_hub: bool=False,          # as in `resolve`
 ) -> Path:                          # the run folder
     "Run a recipe to its end"
-    if resume and like is None: like = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
+    if resume and like is None: like = find_experiment(recipe.experiment, recipe.task, recipe.model, root)
     plan = resolve(recipe, root, like, allow_hub)
     check_new(plan.folder, resume)
     trainer = assemble(plan, progress, callbacks)

@@ -11,6 +11,7 @@ __all__ = ['FAITHFUL', 'RECOMMENDED', 'FAST', 'student_setting', 'Recipe', 'reci
 from dataclasses import dataclass, fields
 
 import pandas as pd
+from transformers import CONFIG_MAPPING
 
 from .values import (
     BETA, COUNT, DECAY, DEVICE, EPS, FROZEN, LAYERS, LENGTH, NORM, RATE, SEED, SHARE, SIZE, STEP, TEMPERATURE,
@@ -26,7 +27,7 @@ class _Data(Settings):
     experiment: str = setting('lad', 'name of the run; its folder is {experiment}_{model}_{task}')
     task: str = setting('rte', 'task')
     method: str = setting('lad', 'what each student layer learns from')
-    model: str = setting('bert', 'kind of model')
+    model: str = setting('bert', 'kind of model, found from the encoder')
     ptrain_ver: str | None = setting(None,
         "pretrained encoder: a folder, a hub id, or all-minilm-l6-v2; the teacher's own by default")
     data_dir: str | None = setting(None, 'folder that holds train.tsv, dev.tsv, test.tsv')
@@ -48,7 +49,7 @@ class _Teacher(Settings):
     teacher: str | None = student_setting(None,
         "the teacher's folder or hub id, instead of teacher_exp, tmodel and tckpt")
     teacher_exp: str | None = student_setting(None, 'experiment of the teacher', flags=('texperiment',))
-    tmodel: str = student_setting('bert', "teacher's kind of model")
+    tmodel: str = student_setting('bert', "teacher's kind of model, found from the teacher")
     tckpt: int | None = student_setting(None, "teacher's checkpoint; its last by default", COUNT)
     gate_indices: tuple | None = student_setting(None, 'gates to learn from', LAYERS)
     teacher_indices: tuple | None = student_setting(None, 'teacher layers to learn from', LAYERS)
@@ -319,8 +320,10 @@ def check_names(recipe):
     if recipe.distils and recipe.method.replace('-', '_') not in methods:
         there = ', '.join(['fine_tune', 'undistilled', *methods])
         raise ValueError(f"There is no method {recipe.method!r}. Methods are: {there}.")
-    if recipe.model != 'bert' or recipe.tmodel != 'bert':
-        raise ValueError(f"model is {recipe.model!r} and tmodel {recipe.tmodel!r}; lad_nb distils 'bert'.")
+    for name in ('model', 'tmodel'):
+        if (kind := getattr(recipe, name)) not in CONFIG_MAPPING:
+            raise ValueError(f"{name} is {kind!r}, which transformers does not know. Leave it out: it is found "
+                             "from the encoder.")
 
 # %% ../nbs/45_recipes.ipynb #62de9b04
 def check_padding(recipe):

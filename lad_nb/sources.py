@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FoundModel', 'told', 'last_name', 'teacher_folder', 'check_asked', 'find_teacher', 'NotAllowed', 'own_model',
-           'encoder_of', 'find_encoder', 'training_bytes', 'check_sizes_allowed', 'find_rows', 'rows_hash',
-           'check_method', 'teacher_of']
+           'encoder_of', 'find_encoder', 'with_families', 'training_bytes', 'check_sizes_allowed', 'find_rows',
+           'rows_hash', 'check_method', 'teacher_of']
 
 # %% ../nbs/46_sources.ipynb #db9fbe58
 import hashlib, json, os
@@ -20,8 +20,9 @@ from .tasks import get_task
 from .data import find_data, load_task
 from .mappings import Mapping, mapping_from_dict
 from .models import SMALL, local_model, model_folder, weights_hash
-from .encoders import read_config
-from .runs import (experiment_folder, find_checkpoint, found_from, pretrained_of, remember, remembered,
+from .encoders import positions, read_config
+from .students import size_setting
+from .runs import (find_checkpoint, find_experiment, found_from, pretrained_of, remember, remembered,
                          seen_from)
 from .recipes import Recipe
 
@@ -34,7 +35,7 @@ class FoundModel:
 
     @cached_property
     def config(self):
-        "Its settings, a `BertConfig`"
+        "Its settings"
         return read_config(self.name, self.folder)
 
     @cached_property
@@ -73,7 +74,7 @@ def teacher_folder(
     if recipe.teacher_exp is None:
         raise ValueError(f"The method {recipe.method} needs a teacher: name its experiment (teacher_exp) or "
                          "its folder (teacher).")
-    run = experiment_folder(recipe.teacher_exp, recipe.task, recipe.tmodel, root)
+    run = find_experiment(recipe.teacher_exp, recipe.task, recipe.tmodel, root)
     return find_checkpoint(run, recipe.tckpt)
 
 # %% ../nbs/46_sources.ipynb #4b42e00b
@@ -149,18 +150,35 @@ def find_encoder(
     if not fetch: check_asked(name)
     return FoundModel(model_folder(name), name)
 
+# %% ../nbs/46_sources.ipynb #eb3f23ff
+def with_families(
+    recipe: Recipe,
+    teacher: FoundModel | None, # as far as they were found
+    encoder: FoundModel | None,
+) -> Recipe:
+    "A recipe whose model and tmodel are those of what was found; `ValueError` where it says another"
+    found = dict(model=encoder or teacher, tmodel=teacher)
+    kinds = {name: model.config.model_type for name, model in found.items() if model is not None}
+    for name, kind in kinds.items():
+        if (said := getattr(recipe, name)) not in ('bert', kind):
+            raise ValueError(f"{name} is {said!r}, and {found[name].name} is a {kind} model. Leave {name} out: "
+                             "it is found.")
+    return recipe.replace(**kinds)
+
 # %% ../nbs/46_sources.ipynb #536ff7b2
 def training_bytes(
     recipe: Recipe, # sizes of the student
     config,         # of the encoder: the other sizes
 ) -> int:           # of weights, gradients and AdamW's two moments in fp32
     "The least memory that a student's training takes"
-    H, F = recipe.d_model or config.hidden_size, recipe.d_ff or config.intermediate_size
-    types = recipe.type_vocab_size or config.type_vocab_size
-    rows = config.vocab_size + config.max_position_embeddings + types
+    said = lambda *names: next((n for k in names if (n := getattr(config, k, None))), 0)
+    H, F = recipe.d_model or config.hidden_size, recipe.d_ff or said('intermediate_size', 'hidden_dim')
+    types = recipe.type_vocab_size or said('type_vocab_size')
+    rows = config.vocab_size + said('max_position_embeddings') + types
+    width = H if recipe.d_model else said('embedding_size', 'hidden_size') # ELECTRA's table may be narrower
     layer = 4*H*(H + 1) + 2*H*F + F + 5*H
     M = recipe.num_hidden_layers or config.num_hidden_layers
-    return 16*((rows + 2)*H + M*layer + H*(H + 1))
+    return 16*((rows + 2)*width + M*layer + H*(H + 1))
 
 # %% ../nbs/46_sources.ipynb #51394157
 def check_sizes_allowed(
@@ -169,9 +187,10 @@ def check_sizes_allowed(
 ):
     "`ValueError` for rows longer than a model has positions, or a student that this machine cannot hold"
     config = model.config
-    if recipe.max_seq_len > config.max_position_embeddings:
-        raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {config.max_position_embeddings} is "
-                         f"allowed by {model.name}, which has so many positions.")
+    most = positions(config)
+    if most is not None and recipe.max_seq_len > most:
+        raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {most} is allowed by {model.name}, which "
+                         "has so many positions.")
     needed, there = training_bytes(recipe, config), psutil.virtual_memory().total
     if needed <= there: return
     sizes = {n: getattr(recipe, n) for n in ('num_hidden_layers', 'd_model', 'd_ff')}

@@ -14,7 +14,7 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from .devices import random_state, set_random_state
-from .runs import check_new, checkpoints, experiment_folder
+from .runs import check_new, checkpoints, find_experiment
 from .training import DistilTrainer, train
 from .recipes import Recipe
 from .experiment import assemble, resolve
@@ -289,7 +289,7 @@ def _trainer_of(run, root, resume):
     "The trainer of a recipe, in a folder that is free; or the one that is given"
     given = isinstance(run, DistilTrainer)
     if given: folder = Path(run.args.output_dir)
-    else: folder = experiment_folder(run.experiment, run.task, run.model, root)
+    else: folder = find_experiment(run.experiment, run.task, run.model, root)
     _check_free(folder, resume)
     trainer = run if given else assemble(resolve(run, root, like=folder if resume else None), progress=False)
     if (processes := trainer.args.world_size) > 1:
