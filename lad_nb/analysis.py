@@ -7,9 +7,9 @@ __all__ = ['FUNCTION_WORDS', 'open_with_teacher', 'first_rows', 'forward_batches
            'shares_by_step', 'shares_by_token', 'shares_by_example', 'gate_openness', 'layer_map']
 
 # %% ../nbs/50_analysis.ipynb #8f26ab94
-import copy
+import copy, re
 from collections import defaultdict
-from itertools import chain
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -92,7 +92,7 @@ def forward_batches(
     padded = collator(tokenizer, recipe.padding, recipe.max_seq_len)
     for batch in DataLoader(data, batch_size, collate_fn=padded):
         batch = {k: v.to(device) for k, v in batch.items()}
-        given = {k: batch[k] for k in ('input_ids', 'attention_mask', 'token_type_ids')}
+        given = {k: x for k, x in batch.items() if k != 'labels'}
         yield batch, _forward(distiller, given, batch.get('labels'), student)
 
 # %% ../nbs/50_analysis.ipynb #be07a9a8
@@ -113,27 +113,73 @@ not never n t s d m ll re ve don didn doesn isn aren wasn weren won wouldn could
 ain
 '''.split())
 
+# %% ../nbs/50_analysis.ipynb #dfa4d86e
+def _inside_mark(tokenizer):
+    "What begins a piece inside a word, such as ##; '' for a tokenizer that marks where a word begins"
+    model = getattr(getattr(tokenizer, 'backend_tokenizer', None), 'model', None)
+    return getattr(model, 'continuing_subword_prefix', None) or ''
+
+# %% ../nbs/50_analysis.ipynb #c615351f
+def _readable(tokens, read):
+    "How many tokens, from the first, are whole characters; 1 where no number up to 4 is"
+    for n in range(1, min(4, len(tokens)) + 1):
+        text = read(tokens[:n]).strip()
+        if text and '\ufffd' not in text: return n
+    return 1
+
+# %% ../nbs/50_analysis.ipynb #ce22aae2
+def _pieces(tokens, tokenizer):
+    "The tokens of a row as lists: one token each, or those that are readable together only"
+    special, found = {*tokenizer.all_special_tokens} - {tokenizer.unk_token}, [] # an unknown word is one
+    while tokens:
+        plain = list(takewhile(lambda t: t not in special, tokens[:4]))
+        found.append(tokens[:_readable(plain, tokenizer.convert_tokens_to_string)])
+        tokens = tokens[len(found[-1]):]
+    return found
+
+# %% ../nbs/50_analysis.ipynb #ba7569af
+def _one_word(piece, after, read):
+    "Whether a piece and the one after it are of one word, by what they read together"
+    a, b = read(piece).strip(), read(after).strip()
+    return a[-1:].isalnum() and b[:1].isalnum() and len(read([*piece, *after]).split()) == 1
+
+# %% ../nbs/50_analysis.ipynb #0cbd5fae
+def _split(tokens, tokenizer):
+    "A row's pieces, the text of each, and whether each goes on with the word before it"
+    mark, read = _inside_mark(tokenizer), tokenizer.convert_tokens_to_string
+    if mark: return [[t] for t in tokens], tokens, [t.startswith(mark) for t in tokens]
+    pieces = _pieces(tokens, tokenizer)
+    inside = [False, *(_one_word(*two, read) for two in pairwise(pieces))]
+    return pieces, [read(p).strip() for p in pieces], inside
+
 # %% ../nbs/50_analysis.ipynb #34262ae7
-def _token_class(token, after, tokenizer):
-    "One of a token's five classes; `after` is the token that follows"
-    if token == tokenizer.cls_token: return '[CLS]'
-    if token == tokenizer.sep_token: return '[SEP]'
-    if not any(c.isalnum() for c in token): return 'punctuation'
-    return 'function' if token.lower() in FUNCTION_WORDS and not after.startswith('##') else 'content'
+def _token_class(text, cut, tokenizer):
+    "One of a piece's five classes; `cut`: it is not a whole word"
+    if text in (tokenizer.cls_token, tokenizer.sep_token): return text
+    if not any(c.isalnum() for c in text): return 'punctuation'
+    word = re.sub(r'^\W+|\W+$', '', text).lower() # 't is t
+    return 'function' if word in FUNCTION_WORDS and not cut else 'content'
+
+# %% ../nbs/50_analysis.ipynb #d122afc5
+def _row_classes(tokens, tokenizer):
+    "The class of every token of a row"
+    pieces, texts, inside = _split(tokens, tokenizer)
+    goes_on = [*inside[1:], False] # with the piece after it
+    kinds = [_token_class(text, a or b, tokenizer) for text, a, b in zip(texts, inside, goes_on)]
+    return [kind for kind, piece in zip(kinds, pieces) for _ in piece]
 
 # %% ../nbs/50_analysis.ipynb #20551736
 def token_classes(
     input_ids: Tensor,      # (B, S)
     attention_mask: Tensor, # (B, S)
-    tokenizer,              # of a BERT: pieces inside a word start with ##
+    tokenizer,              # that made the ids
 ) -> dict:                  # {'[CLS]', '[SEP]', 'content', 'function', 'punctuation': (B, S) bool}
-    "Which real tokens are of which class; each is of one"
+    "Which real tokens are of which class; each is of one. [CLS] and [SEP] by the tokenizer's own names"
     rows = [tokenizer.convert_ids_to_tokens(ids) for ids in input_ids.tolist()]
-    kinds = np.array([[_token_class(t, after, tokenizer) for t, after in zip(row, [*row[1:], ''])]
-                      for row in rows])
-    real = attention_mask.bool()
-    return {c: torch.from_numpy(kinds == c).to(real.device) & real
-            for c in ('[CLS]', '[SEP]', 'content', 'function', 'punctuation')}
+    kinds = np.array([_row_classes(row, tokenizer) for row in rows])
+    real, own = attention_mask.bool(), [tokenizer.cls_token, tokenizer.sep_token]
+    classes = [*dict.fromkeys(name for name in own if name), 'content', 'function', 'punctuation']
+    return {c: torch.from_numpy(kinds == c).to(real.device) & real for c in classes}
 
 # %% ../nbs/50_analysis.ipynb #6945e825
 def _with_gates(folder, step=None):

@@ -6,13 +6,14 @@
 __all__ = ['BELOW_ZERO', 'check_labelled', 'check_teacher', 'explain_nonfinite', 'check_finite']
 
 # %% ../nbs/42_health.ipynb #3505c5b6
-import re, warnings
+import warnings
 
 import numpy as np, torch
 from scipy.stats import binomtest, pearsonr
 
 from .data import collator
 from .distiller import Distiller
+from .encoders import parts_of
 from .runs import checkpoints
 
 # %% ../nbs/42_health.ipynb #c9b00b37
@@ -69,7 +70,8 @@ def _teacher_logits(trainer, rows):
     if trainer.cache is not None:
         S = int(trainer.cache.lengths[rows].max())
         return trainer.cache.batch(rows, S, layers=())[1].double().numpy()
-    data = trainer.train_dataset.select_columns(['input_ids', 'attention_mask', 'token_type_ids'])
+    data = trainer.train_dataset
+    data = data.select_columns([c for c in data.column_names if c not in ('labels', 'row')])
     collate, found = collator(trainer.processing_class), []
     for start in range(0, len(rows), 32):
         batch = collate([data[i] for i in rows[start:start + 32]]).to(trainer.args.device)
@@ -95,16 +97,18 @@ def check_teacher(
 # %% ../nbs/42_health.ipynb #93eab8c7
 def _place(name, distiller):
     "What a parameter belongs to, as people count"
-    if layer := re.search(r'encoder\.layer\.(\d+)\.', name): return f'student layer {int(layer[1]) + 1}'
-    part = next((p for p in ('embeddings', 'pooler', 'classifier') if p in name), name)
-    if name.startswith('student.'): return f"the student's {part}"
-    return _block_of(distiller.get_parameter(name), distiller.objective) or name
+    parameter, student = distiller.get_parameter(name), name.startswith('student.')
+    parts = parts_of(distiller.student) if student else distiller.objective.blocks()
+    part = _holder(parameter, parts)
+    if part is None: return name
+    if not student: return part
+    return f'student {part}' if part.startswith('layer ') else f"the student's {part}"
 
 # %% ../nbs/42_health.ipynb #37184eb8
-def _block_of(parameter, objective):
-    "The gate or projection that has a parameter"
-    for name, block in objective.blocks().items():
-        if any(parameter is p for p in block.parameters()): return name
+def _holder(parameter, modules):
+    "The name of the module that has a parameter; None if none has"
+    has = lambda module: any(parameter is p for p in module.parameters())
+    return next((name for name, module in modules.items() if has(module)), None)
 
 # %% ../nbs/42_health.ipynb #2ad4de08
 def _bad_places(distiller, of):
@@ -117,11 +121,19 @@ def _by_layer(who, states): return {f'{who} layer {k}': h for k, h in enumerate(
 
 def _states(distiller, batch):
     "Every state of a batch by name, on the way from the teacher to the student's answer"
-    out, states = distiller(**batch, output_states=True), {}
+    apart = 'teacher_input_ids' in batch # ids of its own, so no states to compare: those of the student alone
+    out, states = distiller(**batch, output_states=not apart), {}
     if distiller.teacher is not None:
         states |= _by_layer('teacher', out.teacher_hidden) | {"the teacher's logits": out.teacher_logits}
-        states |= {f'gate {k}': a for k, a in out.aggregates.state.items()}
-    return states | _by_layer('student', out.student_hidden) | {"the student's logits": out.student_logits}
+        states |= {f'gate {k}': a for k, a in out.aggregates.state.items()} if out.aggregates else {}
+    student = _alone(distiller.student, batch) if apart else out.student_hidden
+    return states | _by_layer('student', student) | {"the student's logits": out.student_logits}
+
+# %% ../nbs/42_health.ipynb #845d37ab
+def _alone(student, batch):
+    "The states of a student that is asked by itself"
+    own = {k: batch[k] for k in ('input_ids', 'attention_mask', 'token_type_ids') if k in batch}
+    return student(**own, output_hidden_states=True).hidden_states[1:]
 
 # %% ../nbs/42_health.ipynb #cf41bc05
 @torch.no_grad()

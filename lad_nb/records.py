@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .distiller import Distiller
+from .encoders import parts_of
 from .gates import measure_name
 from .mappings import Mapping
 from .training import LossParts
@@ -33,7 +34,7 @@ class StepNumbers:
     weights: dict         # {part: its weight in the loss}
     learning_rates: dict  # {'student': .., 'gates': ..} of this update
     mapping: Mapping      # what each student layer learns from
-    batch: list           # of micro-batches: input_ids, attention_mask, token_type_ids, labels
+    batch: list           # of micro-batches: input_ids, attention_mask, labels, what else there is
     student_logits: Tensor # (B, C)
     teacher_logits: Tensor | None=None # (B, C)
     tokenizer: object=None      # turns the batch into text
@@ -46,19 +47,26 @@ class StepNumbers:
     moved: dict | None=None     # {layer or gate: norm of the change of its weights}
     size: dict | None=None      # {layer or gate: norm of its weights}
 
+# %% ../nbs/57_records.ipynb #0a2d3fa8
+def _sentences(ids, types, tokenizer):
+    "The token ids of each sentence of an example"
+    if types is not None and types.any(): return [ids[types == i] for i in (0, 1)]
+    if tokenizer.sep_token_id is None: return [ids]
+    ends = (ids == tokenizer.sep_token_id).nonzero().flatten()
+    return ids.tensor_split(ends)
+
 # %% ../nbs/57_records.ipynb #e3529729
 def batch_texts(
     batch: list, # of micro-batches
-    tokenizer,
+    tokenizer,   # the student's
 ) -> list:       # B texts, the second sentence after ' | '
     "The sentences of a batch, without padding"
     texts = []
     for b in batch:
-        mask, types = b['attention_mask'].bool(), b.get('token_type_ids')
-        types = torch.zeros_like(b['input_ids']) if types is None else types
-        for ids, real, kind in zip(b['input_ids'], mask, types):
-            parts = [ids[real & (kind == i)] for i in (0, 1)]
-            sentences = [tokenizer.decode(part, skip_special_tokens=True) for part in parts]
+        types = b.get('token_type_ids', [None]*len(b['input_ids']))
+        for ids, real, kinds in zip(b['input_ids'], b['attention_mask'].bool(), types):
+            parts = _sentences(ids[real], None if kinds is None else kinds[real], tokenizer)
+            sentences = [tokenizer.decode(part, skip_special_tokens=True).strip() for part in parts]
             texts.append(' | '.join(s for s in sentences if s))
     return texts
 
@@ -175,13 +183,9 @@ class StepRecord(StepNumbers):
 def weight_groups(
     distiller: Distiller,
 ) -> dict: # {'embeddings': [parameters], 'layer 1': .., 'classifier': .., 'gate 2': ..}
-    "All weights that train, by the layer or gate they belong to"
-    student = distiller.student
-    modules = dict(embeddings=student.bert.embeddings)
-    modules |= {f'layer {m}': layer for m, layer in enumerate(student.bert.encoder.layer, start=1)}
-    modules |= dict(pooler=student.bert.pooler, classifier=student.classifier) | distiller.objective.blocks()
-    params = {name: [*module.parameters()] for name, module in modules.items() if module is not None}
-    groups = {name: [p for p in ps if p.requires_grad] for name, ps in params.items()}
+    "All weights that train, by the layer or gate they belong to; see `encoders.parts_of`"
+    modules = parts_of(distiller.student) | distiller.objective.blocks()
+    groups = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
     return {name: ps for name, ps in groups.items() if ps}
 
 # %% ../nbs/57_records.ipynb #5bc84892
@@ -309,9 +313,11 @@ class PassReader(TrainerCallback):
         "Before an update"
         self.level, self.micro, self.states, self.began = level, [], [], time.perf_counter()
 
+    def _sees_states(self, distiller): return self.level in ('states', 'weights') and distiller.needs_states
+
     def _ask(self, distiller, args, kwargs):
-        "Ask for the states that the pass makes anyway"
-        if distiller.training and self.level in ('states', 'weights'):
+        "Ask for the states that the pass makes anyway; a method on logits alone makes none"
+        if distiller.training and self._sees_states(distiller):
             return args, kwargs | dict(output_states=True)
 
     @count_time
@@ -322,7 +328,7 @@ class PassReader(TrainerCallback):
         self.parts.add(out)
         tensors = {k: v.detach() for k, v in kwargs.items() if torch.is_tensor(v)}
         if self.level: self.micro.append((tensors, out.student_logits.detach(), out.teacher_logits))
-        if self.level in ('states', 'weights'):
+        if self._sees_states(distiller):
             self.states.append(_boil_down(distiller, out, kwargs, self.by))
 
 # %% ../nbs/57_records.ipynb #83dfbd38

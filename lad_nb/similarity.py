@@ -192,7 +192,7 @@ def _check_labels(task, y):
 def linear_probes(
     folder: str | Path,               # a run folder
     step: int | None=None,            # a checkpoint; the end of the run by default
-    on: tuple=('cls', 'mean'),        # which states: [CLS]'s, the mean of an example's real tokens
+    on: tuple=('cls', 'mean'),        # which states: of the first token ([CLS]), the mean of real ones
     train_rows: int=1000,             # rows of the run's own training rows to fit on, from their start
     rows: int=1000,                   # rows of the dev split to score on
     C: float=.1,                      # inverse strength of the L2 penalty; ridge takes alpha = 1/C

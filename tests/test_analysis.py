@@ -3,21 +3,26 @@
 CKA's invariances, shares that sum to one, intervals that cover what they say, refusals that say why.
 """
 import json
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from conftest import FEW
 from lad_nb import cli
-from lad_nb.analysis import (forward_batches, gate_openness, gate_shares, layer_map, open_with_teacher,
-                             shares_by_example, shares_by_step, shares_by_token, token_classes)
+from lad_nb.analysis import (FUNCTION_WORDS, forward_batches, gate_openness, gate_shares, layer_map,
+                             open_with_teacher, shares_by_example, shares_by_step, shares_by_token,
+                             token_classes)
 from lad_nb.data import load_task
 from lad_nb.evaluation import evaluate
 from lad_nb.experiment import assemble_distiller, open_run, resolve, run
 from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.records import batch_texts
 from lad_nb.run_books import run_books
 from lad_nb.runs import read_log
 from lad_nb.similarity import CKA, dev_losses, layer_cka, linear_probes, loss_parts, teacher_agreement
@@ -176,6 +181,78 @@ def test_every_real_token_has_one_class():
     assert words(0, 'function') == ['she', 'didn', 't', 'the'] and '42' in words(0, 'content')
     assert words(0, 'punctuation') == ["'", '(', ')', '.'] and words(2, 'punctuation') == ['.', '.', '.', '!']
     assert words(1, 'content') == ['word'] and words(3, 'function') == ['into', 'not', 'a']
+
+
+TEXTS = ["the dog didn't see the cats into the garden, 42 dogs", 'she laughed at them. a garden of cats',
+         'Überraschung für 漢字']
+
+
+def small_tokenizer(kind):
+    """A tokenizer of a few hundred pieces, made from a few sentences: WordPiece (BERT's kind), byte-level BPE
+    (RoBERTa's) or Unigram with a Metaspace (XLM-R's)."""
+    special = ['<s>', '<pad>', '</s>', '<unk>']
+    if kind == 'wordpiece':
+        made = Tokenizer(models.WordPiece(unk_token='<unk>'))
+        made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    elif kind == 'bytes':
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    else:
+        made = Tokenizer(models.Unigram())
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=special, unk_token='<unk>',
+                                          show_progress=False)
+    made.train_from_iterator(TEXTS[:2]*20, trainer)
+    made.post_processor = processors.TemplateProcessing(
+        '<s> $A </s>', '<s> $A </s> </s> $B </s>', [('<s>', 0), ('</s>', 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, cls_token='<s>', pad_token='<pad>',
+                                   sep_token='</s>', unk_token='<unk>')
+
+
+@pytest.mark.parametrize('kind', ['wordpiece', 'bytes', 'unigram'])
+def test_classes_of_any_tokenizer(kind):
+    """Characters tell: a token is a function word if the word that it lies in is one and it is all of it."""
+    tokenizer = small_tokenizer(kind)
+    batch = tokenizer(TEXTS, [TEXTS[1]]*3, padding=True, return_tensors='pt', return_offsets_mapping=True)
+    classes = token_classes(batch['input_ids'], batch['attention_mask'], tokenizer)
+    assert list(classes) == ['<s>', '</s>', 'content', 'function', 'punctuation']
+    assert torch.equal(sum(m.long() for m in classes.values()), batch['attention_mask'])
+    assert classes['<s>'][:, 0].all() and classes['</s>'].sum() == 3*3
+    for row, text in enumerate(TEXTS):
+        expected = None
+        for i, sequence in reversed([*enumerate(batch.sequence_ids(row))]):
+            if sequence is None: continue
+            start, end = batch['offset_mapping'][row, i].tolist()
+            read = text if sequence == 0 else TEXTS[1]
+            if read[start:end].strip(): expected = class_by_offsets(read, start, end)
+            # a lone space goes with what comes after it
+            assert next(c for c in classes if classes[c][row, i]) == expected, (row, i)
+
+
+def class_by_offsets(text, start, end):
+    """The class of text[start:end], by the word of letters and digits that it lies in."""
+    piece = text[start:end].strip()
+    if not any(c.isalnum() for c in piece): return 'punctuation'
+    words = [m.span() for m in re.finditer(r'\w+', text)]
+    inside = next(w for w in words if w[0] < end and start < w[1])
+    whole = start <= inside[0] and end >= inside[1]
+    return 'function' if whole and text[slice(*inside)].lower() in FUNCTION_WORDS else 'content'
+
+
+@pytest.mark.parametrize('kind', ['wordpiece', 'bytes', 'unigram'])
+def test_sentences_without_token_types(kind):
+    """By separators, of which RoBERTa has two in a row; whatever a teacher with other ids read."""
+    tokenizer = small_tokenizer(kind)
+    batch = tokenizer([TEXTS[1]], ['a garden of cats'], return_tensors='pt')
+    ids, mask = batch['input_ids'], batch['attention_mask']
+    told = batch_texts([dict(input_ids=ids, attention_mask=mask, teacher_input_ids=ids[:, :3])], tokenizer)
+    assert [t.replace(' .', '.') for t in told] == [f'{TEXTS[1]} | a garden of cats']
+    alone = tokenizer(['a garden'], return_tensors='pt')
+    assert batch_texts([alone], tokenizer) == ['a garden']
 
 
 METHODS = [
