@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lad_nb.toy import toy_examples, toy_split
 
@@ -118,6 +118,7 @@ def modern_tokenizer(tokenizer):
     """ModernBERT has no tokenizer class: its folder says that there are no token types, and which token is what."""
     tokenizer.post_processor = processors.TemplateProcessing(
         '[CLS] $A [SEP]', '[CLS] $A [SEP] $B [SEP]', [('[CLS]', 1), ('[SEP]', 2)])
+    tokenizer.decoder = decoders.ByteLevel()
     names = {f'{name}_token': f'[{name.upper()}]' for name in ('unk', 'cls', 'sep', 'pad', 'mask')}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=64, model_input_names=['input_ids', 'attention_mask'], **names)
