@@ -93,7 +93,7 @@ def layer_path(
     "Where a family keeps its layers; `ValueError` says what was looked for"
     said, found, every = f"{who or 'This'}: a {config.model_type} model", [], {}
     try: found, every = _lists(meta_classifier(config), 5)
-    except NotImplementedError as e: # its number of layers follows from something else
+    except (NotImplementedError, AssertionError) as e: # its number of layers follows from something else
         said += f", whose number of layers cannot be set ({' '.join(str(e).split())}),"
     if len(found) == 1: return found[0]
     T = config.num_hidden_layers
@@ -292,6 +292,7 @@ def read_config(
         why = ' '.join(str(e).split()) or type(e).__name__
         raise ValueError(f"{folder/'config.json'} does not describe a model: {why}") from e
     classifier_class(config, name)
+    layer_path(config, name)
     return config
 
 # %% ../nbs/31_encoders.ipynb #2c6aa85c

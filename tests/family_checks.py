@@ -24,8 +24,10 @@ from lad_nb.similarity import layer_cka, teacher_agreement
 from lad_nb.stepper import Stepper
 from lad_nb.students import make_student
 
-FEW = dict(task='toy', max_seq_len=32, batch_size=8, total_step=4, warmup_step=1, ckpt_step=2, log_step=1,
+S = 48  # tokens: none of the toy task's pairs is cut, even into small pieces
+FEW = dict(task='toy', max_seq_len=S, batch_size=8, total_step=4, warmup_step=1, ckpt_step=2, log_step=1,
            device_id=-1)
+TABLE = Path(__file__).parents[1]/'nbs'/'tutorials'/'families.csv'  # made by tools/make_families.py
 METHODS = {'LAD': 'lad', 'BERT-PKD': 'bert_pkd', 'ALP-KD, hidden': 'alp_kd_hidden', 'ALP-KD, [CLS]': 'alp_kd'}
 
 
@@ -101,7 +103,7 @@ def check_tokenizer(runs):
     """Padding is the model's, a pair has its separators, and what the toy task says is known."""
     tokenizer, config = load_tokenizer(runs.encoder), load_encoder(runs.encoder).config
     assert tokenizer.pad_token_id == config.pad_token_id == runs.family.special.index(runs.family.pad)
-    data = encode(runs.dev, tokenizer, 32)
+    data = encode(runs.dev, tokenizer, S)
     inputs = {name for name in data.column_names if name != 'labels'}
     assert inputs == set(tokenizer.model_input_names)
     for ids, row in zip(data['input_ids'], runs.dev):
@@ -204,7 +206,7 @@ def check_analyses(runs):
 
 def check_evaluation(runs):
     """The score is the share of right answers, and the file of answers says the same."""
-    folder, where = runs.student('lad'), dict(data_dir=runs.data, max_seq_len=32, device_id=-1)
+    folder, where = runs.student('lad'), dict(data_dir=runs.data, max_seq_len=S, device_id=-1)
     score = evaluate(folder, 'toy', **where)['accuracy']
     file, = write_predictions(folder, 'toy', runs.root/'answers', split='dev', **where)
     answers = pd.read_csv(file, sep='\t').prediction
@@ -213,7 +215,7 @@ def check_evaluation(runs):
 
 
 def answers_of(runs):
-    return predict(runs.model, encode(runs.dev, runs.tokenizer, 32), runs.tokenizer, device_id=-1)
+    return predict(runs.model, encode(runs.dev, runs.tokenizer, S), runs.tokenizer, device_id=-1)
 
 
 def check_pipeline(runs):
@@ -304,3 +306,8 @@ CHECKS = {
     **{name: (lambda runs, method=method: check_method(runs, method)) for name, method in METHODS.items()},
     'teacher cache': check_cache, 'Stepper': check_stepper, 'resume': check_resume, 'analyses': check_analyses,
     'evaluation': check_evaluation, 'pipeline': check_pipeline, 'open again': check_open, 'ONNX': check_onnx}
+
+
+def read_table():
+    """The committed table: a row a family, what is known of it, and what came of every check."""
+    return pd.read_csv(TABLE)
