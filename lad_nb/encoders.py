@@ -297,7 +297,7 @@ def read_config(
     except Exception as e: # each field has an exception of its own
         why = ' '.join(str(e).split()) or type(e).__name__
         raise ValueError(f"{folder/'config.json'} does not describe a model: {why}") from e
-    classifier_class(config, name)
+    layer_path(config, name)
     return config
 
 # %% ../nbs/31_encoders.ipynb #2c6aa85c

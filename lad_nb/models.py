@@ -52,8 +52,10 @@ def _check_sizes(path, said):
     "`ValueError` for settings that are not sizes of a model, or of one far beyond what its file holds"
     sizes = {k: said[k] for k in _sizes if said.get(k) is not None}
     for k, n in sizes.items():
-        if type(n) is not int or not 1 <= n < 2**31:
-            raise ValueError(f"{path} says that {k} is {n!r:.60}; a whole number, at least 1, was expected.")
+        least = 0 if k == 'type_vocab_size' else 1 # DeBERTa-v3 has no segments
+        if type(n) is not int or not least <= n < 2**31:
+            raise ValueError(f"{path} says that {k} is {n!r:.60}; "
+                             f"a whole number, at least {least}, was expected.")
     least = _fewest_weights(sizes)
     held = sum(f.stat().st_size for f in path.parent.glob('model*.safetensors'))
     if held and least > max(10*held, 10**9):
