@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DistilOutput', 'check_weights', 'logit_losses', 'pair_losses', 'GatesAndProjections', 'HiddenObjective', 'Objective',
-           'GateMeasures', 'layer_amounts', 'SourceMeasures', 'check_fit', 'inputs_of', 'FrozenTeacher', 'Distiller']
+           'GateMeasures', 'layer_amounts', 'SourceMeasures', 'check_fit', 'inputs_of', 'teachers_batch',
+           'FrozenTeacher', 'Distiller']
 
 # %% ../nbs/24_distiller.ipynb #971d164e
 from dataclasses import dataclass
@@ -279,12 +280,16 @@ def check_fit(
     student: PreTrainedConfig,        # the student's settings
     teacher: PreTrainedConfig | None, # the teacher's; None checks the student alone
     mapping: Mapping,
+    own_ids: bool=False,              # each reads ids of its own: only answers can be compared
 ):
     "`ValueError` for two models and a mapping that do not go together; says both values and the remedy"
     _check_layers('student', student, mapping, 'M')
     if teacher is None: return
     _check_layers('teacher', teacher, mapping, 'T')
-    if student.vocab_size != teacher.vocab_size:
+    if own_ids and mapping.pairs:
+        raise ValueError(f"Teacher and student have tokenizers of their own, and {mapping.name} compares them "
+                         "token by token. Take kd, which compares answers alone.")
+    if student.vocab_size != teacher.vocab_size and not own_ids:
         raise ValueError(f"The student's vocabulary has {student.vocab_size} entries, the teacher's "
                          f"{teacher.vocab_size}: they would read different text. "
                          "Cut the student from an encoder with the teacher's tokenizer.")
@@ -303,10 +308,25 @@ def inputs_of(
     several = getattr(model.config, 'type_vocab_size', 0) > 1
     return {k: v for k, v in batch.items() if v is not None and (several or k != 'token_type_ids')}
 
+# %% ../nbs/24_distiller.ipynb #93dbede1
+def teachers_batch(
+    batch: dict,    # what the student reads
+    teachers: dict, # teacher_input_ids, ..; {} where both read the same
+    own_ids: bool,  # whether the teacher reads its own
+) -> dict:
+    "What the teacher reads of a batch; `ValueError` where its own ids are missing, or are not wanted"
+    if own_ids != bool(teachers):
+        raise ValueError("The teacher has a tokenizer of its own, and this batch has no teacher_input_ids: add "
+                         "them (data.add_teacher_ids)." if own_ids else
+                         f"This batch has {', '.join(teachers)}, which nobody reads: make the Distiller with "
+                         "own_ids=True.")
+    return {k.removeprefix('teacher_'): v for k, v in teachers.items()} if own_ids else batch
+
 # %% ../nbs/24_distiller.ipynb #717e79fa
 class FrozenTeacher(nn.Module):
     "Holds a teacher aside, frozen and in eval mode"
     needs_states = False # True: hidden states are needed even when nobody asks for them
+    own_ids = False      # True: it reads ids of its own, not the student's
 
     def __init__(self,
         teacher: nn.Module | None=None, # a classifier with T layers, or none
@@ -353,17 +373,18 @@ class Distiller(SourceMeasures, FrozenTeacher):
         student: nn.Module,             # a classifier with M layers
         teacher: nn.Module | None=None, # the same with T layers; None trains the student on labels alone
         mapping: Mapping | None=None,   # what each student layer learns from; None: no hidden loss
+        own_ids: bool=False,            # True: the teacher's tokenizer is another, batches bring its ids
         **objective,                    # options of `Objective`, from norm on
     ):
         s, t = student.config, None if teacher is None else teacher.config
         if t is None: name, t, objective = 'labels only', s, _labels_only(mapping, objective)
         else: name = 'kd'
         if mapping is None: mapping = Mapping(name, t.num_hidden_layers, s.num_hidden_layers)
-        check_fit(s, t, mapping)
+        check_fit(s, t, mapping, own_ids)
         options = dict(regression=s.problem_type == 'regression') | objective
         match = Objective(mapping, t.hidden_size, s.hidden_size, **options)
         super().__init__(teacher)
-        self.student, self.objective = student, match
+        self.student, self.objective, self.own_ids = student, match, own_ids
 
     @property
     def needs_states(self) -> bool: return bool(self.mapping.pairs)
@@ -377,11 +398,14 @@ class Distiller(SourceMeasures, FrozenTeacher):
         teacher_logits: Tensor | None=None, # (B, C), likewise
         output_states: bool=False,          # hand back every state as well
         tokens: Tensor | None=None,         # scalar: real tokens to divide by; see `losses.hidden_loss`
+        **teachers,                         # with own_ids: teacher_input_ids, ..; see `data.add_teacher_ids`
     ) -> DistilOutput:
         "One batch through both models"
         batch = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         if self.teacher is not None and teacher_logits is None:
-            teacher_hidden, teacher_logits = self.ask_teacher(**batch, output_states=output_states)
+            theirs = teachers_batch(batch, teachers, self.own_ids)
+            states = output_states and not self.own_ids # its tokens are not the student's
+            teacher_hidden, teacher_logits = self.ask_teacher(**theirs, output_states=states)
         wanted = output_states or self.needs_states
         out = self.student(**inputs_of(self.student, batch), output_hidden_states=wanted)
         student_hidden = [] if out.hidden_states is None else out.hidden_states[1:]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Plan', 'mapping_told', 'sources_told', 'schedule_told', 'Search', 'depth_of', 'check_batches', 'check_models',
-           'layers_to_start_from', 'devices_of', 'precision_of', 'resolve', 'assemble_distiller', 'distiller_of',
-           'assemble', 'run', 'open_run', 'rerun']
+           'read_alike', 'layers_to_start_from', 'devices_of', 'precision_of', 'resolve', 'assemble_distiller',
+           'distiller_of', 'reader_of', 'encode_for_both', 'assemble', 'run', 'open_run', 'rerun']
 
 # %% ../nbs/47_experiment.ipynb #f1d0af50
 import os, warnings
@@ -18,11 +18,11 @@ from transformers import set_seed
 
 from .devices import pick_device, pick_precision
 from .tasks import get_task, own_task_told
-from .data import encode
+from .data import add_teacher_ids, encode
 from .rows import Rows, count_unlabelled
 from .mappings import Mapping, mapping_from_dict, mapping_to_dict
 from .distiller import Distiller
-from .models import load_tokenizer
+from .models import load_tokenizer, same_tokens
 from .encoders import check_labels, load_classifier, load_encoder, make_classifier
 from .students import SIZES, init_layers, make_student, other_sizes
 from .runs import (PLACES, check_given, check_new, check_sources, experiment_folder, find_checkpoint,
@@ -57,6 +57,11 @@ class Plan:
     def folder(self) -> Path:
         "The run folder"
         return experiment_folder(self.recipe.experiment, self.recipe.task, self.recipe.model, self.root)
+
+    @cached_property
+    def own_ids(self) -> bool:
+        "Whether teacher and student have tokenizers of their own"
+        return not read_alike(self.teacher, self.encoder)
 
     @cached_property
     def sources(self) -> dict:
@@ -153,15 +158,21 @@ def check_models(
     recipe: Recipe,
     teacher: FoundModel | None, # as far as they were found
     encoder: FoundModel | None,
+    mapping: Mapping,           # what the student learns from
 ):
     "`ValueError` for models that do not fit the task, each other, or this machine"
     if teacher is not None: check_labels(teacher.config, get_task(recipe.task), str(teacher.name))
     for model in filter(None, (teacher, encoder)): check_sizes_allowed(recipe, model)
-    if teacher is None or encoder is None: return
-    if load_tokenizer(teacher.folder).get_vocab() != load_tokenizer(encoder.folder).get_vocab():
+    if mapping.pairs and not read_alike(teacher, encoder):
         raise ValueError(f"The teacher {teacher.name} and the encoder {encoder.name} have different "
-                         "vocabularies. Cut the student from the encoder that the teacher was fine-tuned "
-                         "from (ptrain_ver).")
+                         f"tokenizers, and {mapping.name} compares them token by token. Cut the student from "
+                         "the encoder that the teacher was fine-tuned from (ptrain_ver), or take kd, which "
+                         "compares answers alone.")
+
+def read_alike(teacher, encoder):
+    "Whether two found models give the same ids to a text; one that is not there is no other"
+    if teacher is None or encoder is None: return True
+    return same_tokens(load_tokenizer(teacher.folder), load_tokenizer(encoder.folder))
 
 # %% ../nbs/47_experiment.ipynb #fa7a3756
 def layers_to_start_from(
@@ -224,7 +235,7 @@ def resolve(
     recipe = with_families(recipe, teacher, encoder)
     plan = _settle(recipe, Path(root), rows, teacher, encoder, said, given, tuple(search.missing))
     check_sources(said, plan.sources, like)
-    check_models(recipe, teacher, encoder)
+    check_models(recipe, teacher, encoder, plan.mapping)
     check_method(said, recipe, plan.mapping, like)
     return plan
 
@@ -260,7 +271,7 @@ def assemble_distiller(
     student = _new_teacher(plan) if recipe.method == 'fine_tune' else _new_student(plan, teacher)
     tokenizer = load_tokenizer(source.folder)
     set_seed(recipe.seed)
-    return distiller_of(recipe, student, teacher, plan.mapping), tokenizer
+    return distiller_of(recipe, student, teacher, plan.mapping, plan.own_ids), tokenizer
 
 def _new_teacher(plan):
     "An encoder with a fresh head"
@@ -281,10 +292,32 @@ def distiller_of(
     student,           # a classifier
     teacher,           # a classifier, or None
     mapping: Mapping,  # what the student learns from
+    own_ids: bool=False, # the teacher reads ids of its own
 ) -> Distiller:
     "Student, teacher and objective in one module"
-    return Distiller(student, teacher, None if teacher is None else mapping, norm=recipe.norm,
+    return Distiller(student, teacher, None if teacher is None else mapping, own_ids, norm=recipe.norm,
                      seq_len=recipe.max_seq_len, mask_padding=recipe.mask_padding, **recipe.loss)
+
+# %% ../nbs/47_experiment.ipynb #90c21105
+def reader_of(
+    tokenizer, # the student's
+    theirs,    # the teacher's; None without one
+):             # one of the two
+    "Of two tokenizers with the same ids, the one that marks segments, if only the teacher's does"
+    segments = lambda t: t is not None and 'token_type_ids' in t.model_input_names
+    return theirs if segments(theirs) and not segments(tokenizer) else tokenizer
+
+def encode_for_both(
+    plan: Plan,
+    tokenizer,  # the student's
+    theirs,     # the teacher's; None without one
+) -> Dataset:
+    "The plan's rows as ids that student and teacher read"
+    S = plan.recipe.max_seq_len
+    if not plan.own_ids: return encode(plan.rows, reader_of(tokenizer, theirs), S)
+    warnings.warn("Teacher and student have tokenizers of their own: each reads its own ids, and only their "
+                  "answers are compared.")
+    return add_teacher_ids(encode(plan.rows, tokenizer, S), plan.rows, theirs, S)
 
 # %% ../nbs/47_experiment.ipynb #bea3b4c9
 def assemble(
@@ -295,17 +328,20 @@ def assemble(
     "A trainer that is ready to go"
     args = DistilArguments.from_plan(plan, progress)
     distiller, tokenizer = assemble_distiller(plan)
-    data, cache = encode(plan.rows, tokenizer, plan.recipe.max_seq_len), None
+    theirs = None if plan.teacher is None else load_tokenizer(plan.teacher.folder)
+    data, cache = encode_for_both(plan, tokenizer, theirs), None
     if distiller.teacher is not None:
         beside = plan.teacher_device == plan.device # under torchrun each process has its own
         distiller.teacher.to(args.device if beside else plan.teacher_device)
-        if plan.recipe.teacher_cache: cache = _cache(plan, distiller, data, tokenizer, progress)
-    trainer = DistilTrainer(distiller, args, data, tokenizer, callbacks, cache)
+        if plan.recipe.teacher_cache: cache = _cache(plan, distiller, data, tokenizer, theirs, progress)
+    apart = theirs if plan.own_ids else None
+    trainer = DistilTrainer(distiller, args, data, tokenizer, callbacks, cache, apart)
     trainer.description = plan.to_dict()
     return trainer
 
-def _cache(plan, distiller, data, tokenizer, progress):
+def _cache(plan, distiller, data, tokenizer, theirs, progress):
     "The teacher's states, beside the experiments that share them"
+    if plan.own_ids: data, tokenizer = encode(plan.rows, theirs, plan.recipe.max_seq_len), theirs
     return teacher_cache(distiller.teacher, data, tokenizer, plan.root/'teacher_cache', progress=progress,
                          precision=plan.recipe.cache_precision)
 
@@ -337,11 +373,15 @@ def open_run(
     said = run_description(folder)
     recipe, place = recipe_from_dict(said), folder if step is None else find_checkpoint(folder, step)
     student = load_classifier(place, recipe.task)
-    teacher = load_classifier(teacher_of(folder, said), recipe.task) if said.get('teacher') else None
-    mapping = None if teacher is None else mapping_from_dict(said['mapping'])
-    distiller = distiller_of(recipe, student, teacher, mapping)
+    tokenizer, teacher, mapping, own_ids = load_tokenizer(place), None, None, False
+    if said.get('teacher'):
+        found, mapping = teacher_of(folder, said), mapping_from_dict(said['mapping'])
+        teacher, theirs = load_classifier(found, recipe.task), load_tokenizer(found)
+        own_ids = not same_tokens(tokenizer, theirs)
+        if not own_ids: tokenizer = reader_of(tokenizer, theirs)
+    distiller = distiller_of(recipe, student, teacher, mapping, own_ids)
     load_gates(distiller.objective, place)
-    return distiller.eval(), load_tokenizer(place), recipe
+    return distiller.eval(), tokenizer, recipe
 
 # %% ../nbs/47_experiment.ipynb #edef9b41
 def rerun(

@@ -12,7 +12,7 @@ import numpy as np, torch
 from scipy.stats import binomtest, pearsonr
 
 from .tasks import NO_LABEL
-from .data import collator
+from .data import collator, teacher_part
 from .distiller import Distiller
 from .encoders import parts_of
 from .runs import checkpoints
@@ -97,9 +97,10 @@ def _teacher_logits(trainer, rows):
         return trainer.cache.batch(rows, S, layers=())[1].double().numpy()
     data = trainer.train_dataset
     data = data.select_columns([c for c in data.column_names if c not in ('labels', 'row')])
-    collate, found = collator(trainer.processing_class), []
+    collate, found = collator(trainer.teacher_tokenizer or trainer.processing_class), []
     for start in range(0, len(rows), 32):
-        batch = collate([data[i] for i in rows[start:start + 32]]).to(trainer.args.device)
+        some = [data[i] for i in rows[start:start + 32]]
+        batch = collate([teacher_part(row) or row for row in some]).to(trainer.args.device)
         found.append(trainer.model.ask_teacher(**batch)[1])
     return torch.cat(found).cpu().double().numpy()
 

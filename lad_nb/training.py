@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from .durable import (
     CHECKSUMS, commit_folder, load_weights, lock_folder, new_folder, read_json, remove_folder,
     write_checksums, write_text)
-from .data import collator
+from .data import collator, two_collators
 from .distiller import Distiller, Objective
 from .models import check_model
 from .encoders import fit_weights, quiet_loading
@@ -233,9 +233,12 @@ def batch_collator(
     data,                       # from `data.encode`
     tokenizer,                  # pads
     cache: TeacherCache | None, # what the teacher says of these rows
+    teacher_tokenizer=None,     # pads the teacher's own ids, where rows have them
 ):
     "Rows to a batch, with what the teacher says of them if there is a cache"
     collate = collator(tokenizer, args.padding, args.max_seq_len)
+    if teacher_tokenizer is not None:
+        collate = two_collators(collate, collator(teacher_tokenizer, args.padding, args.max_seq_len))
     if cache is not None:
         check_cache(cache, distiller, data)
         collate = cache.collator(collate, distiller.mapping.reads)
@@ -260,12 +263,14 @@ class DistilTrainer(WholeUpdates, LossInParts, TwoHalves, Resumable, WholeCheckp
         tokenizer,             # saved beside the student
         callbacks=(),          # more of them
         cache: TeacherCache | None=None, # of these rows; without it, the teacher is asked in every update
+        teacher_tokenizer=None, # for rows with `data.add_teacher_ids`
     ):
         per_step = args.per_device_train_batch_size*args.world_size # rows
         self.rows_per_update = per_step*args.gradient_accumulation_steps
         check_enough(train_dataset, self.rows_per_update)
         unlabelled = check_labelled(train_dataset, distiller)
-        collate = batch_collator(distiller, args, train_dataset, tokenizer, cache)
+        collate = batch_collator(distiller, args, train_dataset, tokenizer, cache, teacher_tokenizer)
+        self.teacher_tokenizer = teacher_tokenizer
         self.cache, self.order, self.description = cache, EpochOrder(), None
         super().__init__(model=distiller, args=args, processing_class=tokenizer, data_collator=collate,
                          train_dataset=train_dataset.add_column('row', range(len(train_dataset))),

@@ -130,7 +130,7 @@ def test_other_labels_and_other_vocabularies(experiments, tmp_path, capsys):
     vocab = tmp_path/'tokens'/'tokenizer.json'
     vocab.write_text(vocab.read_text().replace('"dog"', '"dogdogdog"'))
     code, out, err = lad_nb(line, experiments, capsys)
-    assert code == 2 and 'different vocabularies' in err and len(tokenizer) == 30522
+    assert code == 2 and 'have different tokenizers' in err and len(tokenizer) == 30522
     assert not (experiments/'new_bert_toy').exists()
 
 

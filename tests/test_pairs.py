@@ -1,0 +1,104 @@
+"""Teacher and student of different families: with one tokenizer between them, and with a tokenizer each."""
+import json
+
+import pytest
+import torch
+from conftest import FEW
+from families import FAMILIES, make_folder, write_rows
+
+from lad_nb.data import encode, load_task
+from lad_nb.experiment import open_run, rerun, resolve, run
+from lad_nb.models import load_tokenizer, weights_hash
+from lad_nb.recipes import FAST, Recipe
+from lad_nb.stepper import Stepper
+
+SHORT = FEW | dict(batch_size=8, max_seq_len=48)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    """Encoders of four families, and a BERT teacher with segments."""
+    root = tmp_path_factory.mktemp('pairs')
+    for name in ('BERT', 'ELECTRA', 'DistilBERT', 'MPNet'): make_folder(FAMILIES[name], root/name)
+    make_folder(FAMILIES['DistilBERT'], root/'narrow', hidden_size=16)
+    write_rows(root/'rows')
+    recipe = Recipe('teacher', method='fine_tune', ptrain_ver=str(root/'BERT'), data_dir=str(root/'rows'))
+    run(recipe.replace(**SHORT), root, progress=False)
+    return root
+
+
+def student(root, name, encoder, method='lad', **changes):
+    """The recipe of a student with two layers, cut from an encoder of another family than its teacher's."""
+    recipe = Recipe(name, teacher_exp='teacher', method=method, num_hidden_layers=2, data_dir=str(root/'rows'),
+                    ptrain_ver=str(root/encoder))
+    return recipe.replace(**SHORT | changes)
+
+
+def log(folder): return [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.parametrize('encoder', ['ELECTRA', 'DistilBERT', 'narrow'])
+def test_one_tokenizer_between_them(root, encoder):
+    """Hidden states are compared token by token; a narrower student is projected."""
+    folder = run(student(root, f'LAD-{encoder}', encoder), root, progress=False)
+    assert folder.name == f"LAD-{encoder}_{'electra' if encoder == 'ELECTRA' else 'distilbert'}_toy"
+    distiller, tokenizer, recipe = open_run(folder)
+    assert recipe.tmodel == 'bert' and (distiller.objective.project is None) == (encoder != 'narrow')
+    hidden = [line['hidden_1'] for line in log(folder)]
+    assert len(hidden) == 2 and min(hidden) > 0
+
+
+def test_the_teacher_keeps_its_segments(root):
+    """A student without segments must not take them from its teacher, whose answers they change."""
+    folder = run(student(root, 'segments', 'DistilBERT', 'kd'), root, progress=False)
+    distiller, reader, _ = open_run(folder)
+    rows = encode(load_task('toy', 'train', root/'rows'), reader, 48).select(range(8))
+    assert 'token_type_ids' in rows.column_names
+    assert 'token_type_ids' not in load_tokenizer(folder).model_input_names  # the student's own has none
+    batch = reader.pad({k: rows[k] for k in rows.column_names if k != 'labels'}, return_tensors='pt')
+    with torch.no_grad():
+        alone, out = distiller.teacher(**batch).logits, distiller(**batch, labels=torch.tensor(rows['labels']))
+        without = distiller.teacher(**{k: v for k, v in batch.items() if k != 'token_type_ids'}).logits
+    assert torch.equal(out.teacher_logits, alone) and not torch.equal(alone, without)
+
+
+def test_a_tokenizer_each(root):
+    """kd compares answers; each side reads its own ids, with and without the cache, to the same loss."""
+    with pytest.warns(UserWarning, match='each reads its own ids'):
+        plain = run(student(root, 'own', 'MPNet', 'kd'), root, progress=False)
+        cached = run(student(root, 'own-cached', 'MPNet', 'kd', teacher_cache=True), root, progress=False)
+        again = rerun(plain, progress=False)
+    assert weights_hash(again) == weights_hash(plain)
+    losses = [[line['loss'] for line in log(f) if 'loss' in line] for f in (plain, cached)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    distiller, tokenizer, _ = open_run(plain)
+    theirs, text = load_tokenizer(root/'teacher_bert_toy'), load_task('toy', 'train', root/'rows').select([0, 1])
+    mine, other = (encode(text, t, 48) for t in (tokenizer, theirs))
+    assert mine['input_ids'] != other['input_ids']
+    batch = {k: torch.tensor(mine[k][:1]) for k in ('input_ids', 'attention_mask')}
+    names = [k for k in other.column_names if k != 'labels']
+    own = {f'teacher_{k}': torch.tensor(other[k][:1]) for k in names}
+    with torch.no_grad():
+        out = distiller(**batch, **own, labels=torch.tensor(mine['labels'][:1]))
+        alone = distiller.teacher(**{k: torch.tensor(other[k][:1]) for k in names}).logits
+    assert torch.equal(out.teacher_logits, alone)
+    with pytest.raises(ValueError, match='has no teacher_input_ids'): distiller(**batch)
+
+
+def test_a_tokenizer_each_stepped_through(root):
+    """The stepper shows the student's tokens, and answers of both."""
+    recipe = student(root, 'own-stepped', 'MPNet', 'kd', total_step=2, ckpt_step=2)
+    with pytest.warns(UserWarning, match='each reads its own ids'), Stepper(recipe, root) as stepper:
+        record = stepper.step()
+    assert record.parts['soft'] > 0 and len(record.examples) == 8
+    read = set(record.examples.text.str.replace(' ', '').str.split('|').explode())
+    rows = load_task('toy', 'train', root/'rows')
+    assert read <= {text.replace(' ', '') for text in [*rows['sentence1'], *rows['sentence2']]}
+
+
+@pytest.mark.parametrize('method', ['lad', 'bert_pkd', 'alp_kd'])
+def test_hidden_methods_are_refused(root, method):
+    """Positions of two tokenizers do not belong together."""
+    with pytest.raises(ValueError, match='have different tokenizers, and .* token by token.*or take kd'):
+        resolve(student(root, 'refused', 'MPNet', method, **FAST), root)
+    assert not list(root.glob('refused*'))
