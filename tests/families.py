@@ -1,5 +1,5 @@
-"""Eight families of encoders, tiny and of random weights, each with a tokenizer of its own kind: folders such as
-pretrained encoders come in. Built offline, in a second."""
+"""Eight families of encoders, tiny and of random weights, each with a tokenizer of its own kind: folders such
+as pretrained encoders come in. Built offline, in a second."""
 import functools
 import json
 from dataclasses import dataclass, field
@@ -58,8 +58,8 @@ ALL = [
                 type_vocab_size=0)),
     Family('ModernBERT', 'modernbert', BYTES, MODERN, 'TokenizersBackend', 'layers', False,
            ('embeddings', 'final_norm'),
-           dict(local_attention=8, global_attn_every_n_layers=3, cls_token_id=1, sep_token_id=2, bos_token_id=1,
-                eos_token_id=2))]
+           dict(local_attention=8, global_attn_every_n_layers=3, cls_token_id=1, sep_token_id=2,
+                bos_token_id=1, eos_token_id=2))]
 FAMILIES = {family.name: family for family in ALL}
 
 
@@ -115,20 +115,22 @@ def make_tokenizer(family):
 
 
 def modern_tokenizer(tokenizer):
-    """ModernBERT has no tokenizer class: its folder says that there are no token types, and which token is what."""
+    """ModernBERT has no tokenizer class: its folder names its inputs and its special tokens."""
     tokenizer.post_processor = processors.TemplateProcessing(
         '[CLS] $A [SEP]', '[CLS] $A [SEP] $B [SEP]', [('[CLS]', 1), ('[SEP]', 2)])
     tokenizer.decoder = decoders.ByteLevel()
     names = {f'{name}_token': f'[{name.upper()}]' for name in ('unk', 'cls', 'sep', 'pad', 'mask')}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=64, model_input_names=['input_ids', 'attention_mask'], **names)
+    inputs = ['input_ids', 'attention_mask']
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64,
+                                                model_input_names=inputs, **names)
 
 
 def make_config(family, tokenizer, **settings):
     """Settings of a tiny model."""
     settings = SIZES | dict(max_position_embeddings=64) | family.settings | settings
-    return transformers.AutoConfig.for_model(family.model_type, vocab_size=len(tokenizer), initializer_range=.1,
-                                             pad_token_id=tokenizer.convert_tokens_to_ids(family.pad), **settings)
+    pad = tokenizer.convert_tokens_to_ids(family.pad)
+    return transformers.AutoConfig.for_model(family.model_type, vocab_size=len(tokenizer), pad_token_id=pad,
+                                             initializer_range=.1, **settings)
 
 
 def make_folder(family, folder, **settings):
