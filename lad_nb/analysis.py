@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader
 from .devices import pick_device
 from .tasks import get_task
 from .data import collator, encode, load_task
+from .rows import Rows, rows_of
 from .gates import Aggregates, gate_amounts, measure_name, to_shares
 from .targets import Gate, Layer
+from .losses import has_label
 from .distiller import DistilOutput, Distiller, Objective
 from .encoders import load_classifier
 from .runs import checkpoints, find_checkpoint
@@ -46,12 +48,14 @@ def first_rows(
     run: tuple,                  # from `open_with_teacher` or `experiment.open_run`
     split: str | None,           # the first dev split if None
     data_dir: str | Path | None, # the run's if None
-    rows: int | None,            # of that split, from its start; None: all
+    rows: int | Rows | None,     # of that split, from its start; None: all; or rows given in Python
     bad_rows: str | None=None,   # as in `evaluation.evaluate`
 ):                               # Dataset, encoded
     "The first rows of a split as the run's models read them"
     _, tokenizer, recipe = run
     task = get_task(recipe.task)
+    if rows is not None and not isinstance(rows, int):
+        return encode(rows_of(task, rows), tokenizer, recipe.max_seq_len)
     draw = (recipe.train_size, recipe.sample_seed) if split == recipe.dataset else ()
     data = load_task(task, split or task.dev[0], data_dir or recipe.data_dir, *draw,
                      bad_rows=bad_rows or recipe.bad_rows)
@@ -78,7 +82,7 @@ def forward_batches(
     run: tuple,                       # from `open_with_teacher` or `experiment.open_run`
     split: str | None=None,           # the first dev split by default
     data_dir: str | Path | None=None, # the run's by default
-    rows: int | None=256,             # of that split, from its start; None: all
+    rows: int | Rows | None=256,      # of that split, from its start; None: all; or rows given in Python
     batch_size: int=32,               # rows at a time
     device_id: int | None=None,       # as in `devices.pick_device`
     student: bool=True,               # False: leave the student out, where only gates matter
@@ -211,6 +215,13 @@ def _chains(folder, run, steps, device_id):
         out[step] = objective.gates.eval().to(pick_device(device_id))
     return out
 
+# %% ../nbs/50_analysis.ipynb #85a31ab1
+def _labels_of(batch, B):
+    "The labels of a batch; None for rows without one"
+    if 'labels' not in batch: return [None]*B
+    known = zip(batch['labels'].tolist(), has_label(batch['labels']).tolist())
+    return [y if there else None for y, there in known]
+
 # %% ../nbs/50_analysis.ipynb #7216448a
 @torch.inference_mode()
 def _shares_per_example(run, what, by, chains=None, classes=False, **which):
@@ -221,7 +232,7 @@ def _shares_per_example(run, what, by, chains=None, classes=False, **which):
     for batch, out in forward_batches(run, student=False, **which):
         real = batch['attention_mask']
         masks = token_classes(batch['input_ids'], real, tokenizer) if classes else {'all': real}
-        labels += batch['labels'].tolist() if 'labels' in batch else [None]*len(real)
+        labels += _labels_of(batch, len(real))
         for step, gates in chains.items():
             known = out.aggregates if step is None else None
             amounts = gate_amounts(gates, out.teacher_hidden, what, by, known)

@@ -23,10 +23,11 @@ from .distiller import Distiller, inputs_of
 _not_content = ('_name_or_path', 'transformers_version', 'architectures', 'id2label', 'label2id',
                 'problem_type')
 
-def _settings(teacher):
+def _settings(teacher, precision):
     "What of a teacher's configuration decides its states, as JSON"
     config = {k: v for k, v in teacher.config.to_dict().items() if k not in _not_content}
     said = dict(form=1, config=config, dtype=str(teacher.dtype), device=teacher.device.type)
+    if precision != 'fp32': said |= dict(precision=precision)
     return json.dumps(said, sort_keys=True, default=str).encode()
 
 # %% ../nbs/41_cache.ipynb #4a3ff746
@@ -46,11 +47,12 @@ def _token_ids(data):
 
 # %% ../nbs/41_cache.ipynb #33d3133e
 def fingerprint(
-    teacher, # a classifier
-    data,    # from `data.encode`
-) -> str:    # 32 hex digits
+    teacher,               # a classifier
+    data,                  # from `data.encode`
+    precision: str='fp32', # that it computes in, and that is kept: 'fp32' or 'bf16'
+) -> str:                  # 32 hex digits
     "Name a teacher's states on some rows by content: weights, configuration, token ids, precision"
-    found = hashlib.sha256(_settings(teacher))
+    found = hashlib.sha256(_settings(teacher, precision))
     for part in (*_weights(teacher), *_token_ids(data)): found.update(part)
     return found.hexdigest()[:32]
 
@@ -62,12 +64,15 @@ def _lengths(data):
 
 # %% ../nbs/41_cache.ipynb #02f3127f
 def cache_bytes(
-    teacher, # a classifier
-    data,    # from `data.encode`
-) -> int:    # bytes
+    teacher,               # a classifier
+    data,                  # from `data.encode`
+    precision: str='fp32', # as in `fingerprint`
+) -> int:                  # bytes
     "What a cache of these rows takes on disk"
-    c, size = teacher.config, teacher.dtype.itemsize
-    return int(_lengths(data).sum())*c.num_hidden_layers*c.hidden_size*size + len(data)*c.num_labels*size
+    c, size, logits = teacher.config, _kept(teacher, precision).itemsize, teacher.dtype.itemsize
+    return int(_lengths(data).sum())*c.num_hidden_layers*c.hidden_size*size + len(data)*c.num_labels*logits
+
+def _kept(teacher, precision): return torch.bfloat16 if precision == 'bf16' else teacher.dtype
 
 # %% ../nbs/41_cache.ipynb #72a55047
 def _offsets(
@@ -160,15 +165,16 @@ def with_teacher(
 
 # %% ../nbs/41_cache.ipynb #6edfa8c6
 @torch.inference_mode()
-def _ask(teacher, data, tokenizer, batch_size):
+def _ask(teacher, data, tokenizer, batch_size, precision):
     "The tensors of one shard"
     lengths, collate = _lengths(data), collator(tokenizer)
-    out, starts = _empty_shard(teacher.config, lengths, teacher.dtype), np.cumsum(lengths) - lengths
+    out, starts = _empty_shard(teacher, lengths, precision), np.cumsum(lengths) - lengths
+    half = torch.autocast(teacher.device.type, torch.bfloat16, enabled=precision == 'bf16')
     order = np.argsort(-lengths, kind='stable')
     for rows in np.array_split(order, range(batch_size, len(order), batch_size)):
         some = data.select(rows).select_columns([c for c in _inputs if c in data.column_names])
         batch = collate(list(some)).to(teacher.device)
-        found = teacher(**inputs_of(teacher, batch), output_hidden_states=True)
+        with half: found = teacher(**inputs_of(teacher, batch), output_hidden_states=True)
         for b, i in enumerate(rows):
             real = slice(starts[i], starts[i] + lengths[i])
             for k, h in enumerate(found.hidden_states[1:], start=1):
@@ -179,11 +185,12 @@ def _ask(teacher, data, tokenizer, batch_size):
 _inputs = ('input_ids', 'token_type_ids', 'attention_mask')
 
 # %% ../nbs/41_cache.ipynb #4cfe5208
-def _empty_shard(config, lengths, dtype):
-    "Room for the states of rows of these lengths"
+def _empty_shard(teacher, lengths, precision):
+    "Room for the states of rows of these lengths; logits are small, and stay whole"
+    config, dtype = teacher.config, _kept(teacher, precision)
     shape = int(lengths.sum()), config.hidden_size
     out = {f'layer_{k}': torch.empty(shape, dtype=dtype) for k in range(1, config.num_hidden_layers + 1)}
-    return out | dict(logits=torch.empty(len(lengths), config.num_labels, dtype=dtype))
+    return out | dict(logits=torch.empty(len(lengths), config.num_labels, dtype=teacher.dtype))
 
 # %% ../nbs/41_cache.ipynb #3be23675
 def _check_states(tensors):
@@ -229,10 +236,10 @@ def _check_room(folder, needed):
                                     "or train without it (teacher_cache=False)")
 
 # %% ../nbs/41_cache.ipynb #8dad44db
-def _say_what(folder, teacher, data):
+def _say_what(folder, teacher, data, precision):
     "cache.json: for people who find the folder"
     said = dict(teacher=teacher.config.num_hidden_layers, rows=len(data), tokens=int(_lengths(data).sum()),
-                bytes=cache_bytes(teacher, data), dtype=str(teacher.dtype))
+                bytes=cache_bytes(teacher, data, precision), dtype=str(_kept(teacher, precision)))
     write_text(folder/'cache.json', json.dumps(said, indent=1) + '\n')
 
 # %% ../nbs/41_cache.ipynb #dc58f573
@@ -250,18 +257,18 @@ def _say_waiting(folder):
     print(f'teacher cache: another process builds or checks {folder.name}; waiting for it', file=sys.stderr)
 
 # %% ../nbs/41_cache.ipynb #17adc46d
-def _complete(folder, teacher, data, tokenizer, batch_size, shard_bytes, progress):
+def _complete(folder, teacher, data, tokenizer, batch_size, shard_bytes, progress, precision):
     "Files and first rows of all shards; those that are missing are made"
     lengths = _lengths(data)
-    per_token = max(1, cache_bytes(teacher, data.select([0]))//int(lengths[0]))
+    per_token = max(1, cache_bytes(teacher, data.select([0]), precision)//int(lengths[0]))
     starts = _shard_starts(lengths, per_token, shard_bytes)
     files = [_find_shard(folder, i) for i in range(len(starts) - 1)]
     missing = [i for i, f in enumerate(files) if f is None]
     needed = sum(int(lengths[starts[i]:starts[i + 1]].sum())*per_token for i in missing)
     _check_room(folder, needed)
-    if missing: _say_what(folder, teacher, data)
+    if missing: _say_what(folder, teacher, data, precision)
     for i, rows in _shard_rows(missing, starts, needed, progress):
-        states = _ask(teacher, data.select(rows), tokenizer, batch_size)
+        states = _ask(teacher, data.select(rows), tokenizer, batch_size, precision)
         _check_states(states)
         files[i] = _write(states, folder, i)
     return files, starts
@@ -275,15 +282,17 @@ def teacher_cache(
     batch_size: int=32,       # rows that the teacher sees at a time
     shard_bytes: int=2**28,   # of a file, about; also what is held in memory while building
     progress: bool=True,      # say the size, and show a bar
+    precision: str='fp32',    # as in `fingerprint`
 ) -> TeacherCache:
     "The cache of these rows: opened if it is there, completed if it is not"
     if teacher.training:
         raise ValueError("The teacher is in training mode: its dropout would go into the cache. "
                          "Call teacher.eval() first.")
-    folder = Path(root)/fingerprint(teacher, data)
+    folder = Path(root)/fingerprint(teacher, data, precision)
     with lock_folder(folder, wait=partial(_say_waiting, folder)):
         for part in folder.glob('*.part'): part.unlink() # of a build that died
-        files, starts = _complete(folder, teacher, data, tokenizer, batch_size, shard_bytes, progress)
+        how = dict(batch_size=batch_size, shard_bytes=shard_bytes, progress=progress, precision=precision)
+        files, starts = _complete(folder, teacher, data, tokenizer, **how)
     return TeacherCache(folder, files, starts, _lengths(data))
 
 # %% ../nbs/41_cache.ipynb #e0172be2

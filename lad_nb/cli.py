@@ -16,7 +16,7 @@ import pandas as pd, transformers
 
 from .values import shown
 from .tasks import get_task, open_task
-from .runs import check_new, find_experiment, find_checkpoint, run_setting
+from .runs import check_new, find_experiment, find_checkpoint, run_setting, task_of
 from .settings import kind_of
 from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
 from .sources import teacher_folder
@@ -214,7 +214,7 @@ def _planned(recipe, args):
     folder = find_experiment(recipe.experiment, recipe.task, recipe.model, args.root)
     like = folder if args.resume else None
     plan = resolve(recipe, args.root, like, args.allow_hub, fetch=False)
-    check_new(folder, args.resume)
+    check_new(plan.folder, args.resume)
     return plan.to_dict() | dict(missing=list(plan.missing))
 
 # %% ../nbs/72_cli.ipynb #45d564e2
@@ -257,6 +257,7 @@ def _evaluate(args):
     asked = evaluation_of(args)
     folder = find_experiment(asked.experiment, asked.task, asked.model, args.root)
     _open_own_task(asked.data_dir or run_setting(folder, 'data_dir'))
+    task_of(asked.task, folder)
     if args.dry_run: return _print_json(plan_evaluation(asked, args.root))
     args.ask(asked, folder, args)
 

@@ -58,12 +58,16 @@ _encoders = ('lad_nb distils encoders, layer by layer. Take one such as BERT, Ro
 def meta_classifier(
     config: PreTrainedConfig,
     num_hidden_layers: int=5,  # of the model that is built
+    who: str | None=None,      # the model, named in the message
 ) -> PreTrainedModel:
-    "A classifier of this family with shapes and no numbers"
-    like = copy.deepcopy(config)
+    "A classifier of this family with shapes and no numbers; `ValueError` for settings that make none"
+    cls, like = classifier_class(config, who), copy.deepcopy(config)
     like.update(with_layers(config, num_hidden_layers))
-    cls = classifier_class(config)
-    with torch.device('meta'), quiet_loading(): return cls(like)
+    try:
+        with torch.device('meta'), quiet_loading(): return cls(like)
+    except Exception as e: # each family finds other settings impossible
+        why = f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
+        raise ValueError(f"{who or 'This'} does not load as a {config.model_type} model: {why}") from e
 
 def with_layers(
     config: PreTrainedConfig,
@@ -92,8 +96,8 @@ def layer_path(
 ) -> str:                     # such as 'encoder.layer': a name below the base model
     "Where a family keeps its layers; `ValueError` says what was looked for"
     said, found, every = f"{who or 'This'}: a {config.model_type} model", [], {}
-    try: found, every = _lists(meta_classifier(config), 5)
-    except (NotImplementedError, AssertionError) as e: # its number of layers follows from something else
+    try: found, every = _lists(meta_classifier(config, who=who), 5)
+    except NotImplementedError as e: # its number of layers follows from something else
         said += f", whose number of layers cannot be set ({' '.join(str(e).split())}),"
     if len(found) == 1: return found[0]
     T = config.num_hidden_layers
@@ -113,9 +117,10 @@ def find_layers(
 # %% ../nbs/31_encoders.ipynb #133746c9
 def positions(
     config: PreTrainedConfig,
+    who: str | None=None,     # the model, named in the message
 ) -> int | None:              # None: no limit is known
     "The longest row, in tokens; a family may keep places of its table for padding"
-    most, meta = getattr(config, 'max_position_embeddings', None), meta_classifier(config)
+    most, meta = getattr(config, 'max_position_embeddings', None), meta_classifier(config, who=who)
     tables = [m for name, m in meta.base_model.named_modules() if name.endswith('position_embeddings')]
     kept = next((m.padding_idx + 1 for m in tables if getattr(m, 'padding_idx', None) is not None), 0)
     return most and most - kept
@@ -230,14 +235,15 @@ def _setting_of(config, size):
     return next((k for k in (*_likely, *others) if getattr(config, k, None) == size), None)
 
 def _wrong_settings(config, shapes):
-    "{setting: what the weights have instead}"
-    found, meta = {}, meta_classifier(config).base_model
-    for name, tensor in meta.state_dict().items():
-        theirs = next((s for k, s in shapes.items() if f'.{k}'.endswith(f'.{name}')), tuple(tensor.shape))
-        both = zip(tensor.shape, theirs) if len(theirs) == tensor.dim() else ()
-        differ = [(_setting_of(config, expected), size) for expected, size in both if expected != size]
-        found |= {setting: size for setting, size in differ if setting and setting not in found}
-    return found
+    "{setting: what the weights have instead}: sizes that no weight has as the settings say"
+    right, wrong = set(), {}
+    for name, tensor in meta_classifier(config).base_model.state_dict().items():
+        theirs = next((s for k, s in shapes.items() if f'.{k}'.endswith(f'.{name}')), ())
+        for expected, size in zip(tensor.shape, theirs):
+            setting = _setting_of(config, expected)
+            if expected == size: right.add(setting)
+            else: wrong.setdefault(setting, size)
+    return {setting: size for setting, size in wrong.items() if setting and setting not in right}
 
 # %% ../nbs/31_encoders.ipynb #36758adf
 def check_sizes(

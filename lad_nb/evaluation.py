@@ -21,9 +21,10 @@ from .durable import write_text
 from .devices import keep_random_state, pick_device
 from .tasks import Task, get_task, splits_named
 from .data import check_vocabulary, collator, encode, find_data, load_task
+from .rows import Rows, labelled_only, rows_of
 from .models import SMALL, load_tokenizer
 from .encoders import load_classifier
-from .runs import bad_rows_of, checkpoints, find_experiment, find_checkpoint, run_setting
+from .runs import bad_rows_of, checkpoints, find_experiment, find_checkpoint, run_setting, task_of
 from .training import DistilArguments
 from .recipes import Evaluation
 from .sources import teacher_folder
@@ -103,6 +104,18 @@ def _with_tokenizer(model, task, tokenizer):
     raise ValueError("The model is an object, and no tokenizer came with it. "
                      "Give tokenizer=load_tokenizer(..), or the model's folder instead of the model.")
 
+# %% ../nbs/48_evaluation.ipynb #f4e8630f
+def _only(task, data_dir, rows):
+    "Rows given in Python; `ValueError` for a folder beside them"
+    if data_dir is not None: raise ValueError(f"data_dir is {str(data_dir)!r}, and rows were given as well: "
+                                              "take one of the two.")
+    return rows_of(task, rows)
+
+def _to_score(task, split, data_dir, rows):
+    "Names of what is scored, the rows that were given and have a label, and how many have none"
+    if rows is None: return splits_named(task, split), None, 0
+    return ('rows',), *labelled_only(_only(task, data_dir, rows))
+
 # %% ../nbs/48_evaluation.ipynb #d7cf6867
 def evaluate(
     model: PreTrainedModel | str | Path, # a classifier, or the folder of one
@@ -114,18 +127,21 @@ def evaluate(
     device_id: int | None=None,          # as in `devices.pick_device`
     tokenizer=None,                      # the model folder's by default
     bad_rows: str | None=None,           # as in `data.read_tsv`; what the model's run was told, by default
-) -> dict:                               # metric: value; and left_out (a count), where lines were
-    "Score a model on a split that has labels"
-    task, out, left_out = get_task(task), {}, []
-    names, bad_rows = splits_named(task, split), bad_rows or bad_rows_of(model)
+    rows: Rows | None=None,              # score on these, given in Python, instead of a split
+) -> dict:                               # metric: value; left_out, unlabelled (counts), where there are any
+    "Score a model on a split that has labels, or on rows: those that have one"
+    task, out, left_out = task_of(task, model), {}, []
+    names, rows, unlabelled = _to_score(task, split, data_dir, rows)
+    bad_rows = bad_rows or bad_rows_of(model)
     model, tokenizer = _with_tokenizer(model, task, tokenizer)
     for name in names:
-        rows = load_task(task, name, data_dir, bad_rows=bad_rows, left_out=left_out)
-        data = encode(rows, tokenizer, max_seq_len)
+        some = load_task(task, name, data_dir, bad_rows=bad_rows, left_out=left_out) if rows is None else rows
+        data = encode(some, tokenizer, max_seq_len)
         logits = predict(model, data, tokenizer, batch_size, device_id)
         suffix = name.removeprefix('dev') if len(names) > 1 else ''
         out |= {m + suffix: v for m, v in score(task, logits, np.array(data['labels'])).items()}
-    return out | (dict(left_out=len(left_out)) if left_out else {})
+    counts = dict(left_out=len(left_out), unlabelled=unlabelled)
+    return out | {name: count for name, count in counts.items() if count}
 
 # %% ../nbs/48_evaluation.ipynb #ba8dd575
 def score_checkpoints(
@@ -137,18 +153,21 @@ def score_checkpoints(
     device_id: int | None=None,       # as in `devices.pick_device`
     each=lambda step, scores: None,   # called after each checkpoint
     bad_rows: str | None=None,        # as in `evaluate`
+    rows: Rows | None=None,           # as in `evaluate`
 ) -> pd.DataFrame:                    # step, the metrics, and left_out (a count), where lines were
-    "Score every checkpoint of a run; the table is also eval-{split}.csv in its folder"
-    folder, rows = Path(folder), []
+    "Score every checkpoint of a run; the table is also eval-{split}.csv (eval-rows.csv) there"
+    folder, found = Path(folder), []
     find_checkpoint(folder)
-    data_dir = data_dir or run_setting(folder, 'data_dir')
+    if rows is None: data_dir = data_dir or run_setting(folder, 'data_dir')
     max_seq_len = run_setting(folder, 'max_seq_len', 128)
     for step, place in checkpoints(folder).items():
-        scores = evaluate(place, task, split, data_dir, max_seq_len, batch_size, device_id, bad_rows=bad_rows)
-        rows.append(dict(step=step) | scores)
+        scores = evaluate(place, task, split, data_dir, max_seq_len, batch_size, device_id,
+                          bad_rows=bad_rows, rows=rows)
+        found.append(dict(step=step) | scores)
         each(step, scores)
-    table = pd.DataFrame(rows)
-    write_text(folder/f'eval-{split}.csv', table.to_csv(index=False, na_rep='NaN'))
+    table = pd.DataFrame(found)
+    name = split if rows is None else 'rows'
+    write_text(folder/f'eval-{name}.csv', table.to_csv(index=False, na_rep='NaN'))
     return table
 
 # %% ../nbs/48_evaluation.ipynb #302af2cc
@@ -209,14 +228,17 @@ def write_predictions(
     device_id: int | None=None,       # as in `devices.pick_device`
     split: str='test',                # 'test', or 'train' or 'dev' to look at answers whose labels are known
     bad_rows: str | None=None,        # as in `evaluate`; but a line without an answer is refused
-) -> list:                            # the files: RTE.tsv; MNLI has MNLI-m.tsv and MNLI-mm.tsv
+    rows: Rows | None=None,           # answer these, given in Python, instead of a split
+) -> list:                            # the files: RTE.tsv; MNLI-m.tsv and MNLI-mm.tsv; RTE-rows.tsv
     "Write the GLUE submission file of a model"
-    task, out, files = get_task(task), Path(out), []
-    names = splits_named(task, split, labelled=False)
+    task, out, files = task_of(task, model), Path(out), []
+    names = splits_named(task, split, labelled=False) if rows is None else ('rows',)
+    given = None if rows is None else _only(task, data_dir, rows).remove_columns('label')
     classifier, tokenizer = load_classifier(model, task), load_tokenizer(model)
     bad_rows = bad_rows or bad_rows_of(model)
     for name in names:
-        data = encode(_every_row(task, name, data_dir, bad_rows), tokenizer, max_seq_len)
+        some = _every_row(task, name, data_dir, bad_rows) if given is None else given
+        data = encode(some, tokenizer, max_seq_len)
         answers = _in_words(task, predict(classifier, data, tokenizer, batch_size, device_id))
         lines = [f'{i}\t{answer}\n' for i, answer in enumerate(answers)]
         out.mkdir(parents=True, exist_ok=True)

@@ -17,16 +17,18 @@ from datasets import Dataset
 from transformers import set_seed
 
 from .devices import pick_device, pick_precision
-from .tasks import get_task
+from .tasks import get_task, own_task_told
 from .data import encode
+from .rows import Rows, count_unlabelled
 from .mappings import Mapping, mapping_from_dict, mapping_to_dict
 from .distiller import Distiller
 from .models import load_tokenizer
 from .encoders import check_labels, load_classifier, load_encoder, make_classifier
 from .students import SIZES, init_layers, make_student, other_sizes
-from .runs import (PLACES, check_new, check_sources, experiment_folder, find_checkpoint,
+from .runs import (PLACES, check_given, check_new, check_sources, experiment_folder, find_checkpoint,
                          find_experiment, remember, run_description, seen_from)
 from .cache import teacher_cache
+from .health import check_hard_term
 from .training import DistilArguments, DistilTrainer, check_enough, load_gates, train
 from .recipes import (Recipe, check_recipe, check_schedule, in_updates, mapping_of, recipe_from_dict,
                             student_start)
@@ -48,6 +50,7 @@ class Plan:
     teacher_device: str         # the same, or another CUDA device
     precision: str              # of the forward passes: fp32 or bf16
     rows: Dataset | None = field(default=None, repr=False, compare=False) # what it trains on
+    given: bool = False         # the rows were given in Python
     missing: tuple = ()         # what is not there yet, in words; a run has nothing missing
 
     @property
@@ -69,7 +72,8 @@ class Plan:
 def _recipe_told(plan):
     "The recipe, as it was settled"
     said = plan.recipe.to_dict()
-    return dict(recipe=said | {name: seen_from(said[name], plan.root) for name in PLACES})
+    told = dict(recipe=said | {name: seen_from(said[name], plan.root) for name in PLACES})
+    return told | own_task_told(get_task(plan.recipe.task))
 
 def _student_told(plan):
     "Where the student's layers start from"
@@ -96,6 +100,9 @@ def _rows_told(plan):
     "Which rows, and how many; noted in the user's cache, so that they are found again"
     if plan.rows is None: return None
     said = dict(count=len(plan.rows), sha256=rows_hash(plan.rows))
+    if plan.given:
+        unlabelled = count_unlabelled(plan.rows)
+        return said | dict(given=True) | (dict(unlabelled=unlabelled) if unlabelled else {})
     if plan.recipe.data_dir is not None: remember(said['sha256'], plan.recipe.data_dir)
     return said
 
@@ -199,12 +206,15 @@ def resolve(
     like: str | Path | None=None,   # a run folder that is continued or repeated: same teacher, rows, ...
     allow_hub: bool=False,          # ask the hub for the encoder that the teacher's recipe.json names
     fetch: bool=True,               # ask the hub for what is not here; False lists it under `missing`
+    rows: Rows | None=None,         # to train on, instead of a folder's: a Dataset, a data frame, or dicts
 ) -> Plan:
     "Find and check everything that a recipe needs; nothing is trained or written"
     check_recipe(recipe)
     experiment_folder(recipe.experiment, recipe.task, recipe.model, root) # a name that may be one
-    said, search = _said_by(like), Search(fetch)
-    rows = search('data', find_rows, recipe, fetch)
+    said, search, given = _said_by(like), Search(fetch), rows is not None
+    if not given and recipe.data_dir is None: check_given(said, like)
+    rows = search('data', find_rows, recipe, fetch, rows)
+    if given: check_hard_term(count_unlabelled(rows), len(rows), recipe.hard_weight, recipe.distils)
     recipe = recipe if rows is None else in_updates(recipe, len(rows))
     check_schedule(recipe)
     check_batches(recipe, int(os.environ.get('WORLD_SIZE', 1)))
@@ -212,7 +222,7 @@ def resolve(
     teacher = search('teacher', find_teacher, recipe, root, fetch)
     encoder = _encoder(recipe, teacher, allow_hub, search)
     recipe = with_families(recipe, teacher, encoder)
-    plan = _settle(recipe, Path(root), rows, teacher, encoder, said, tuple(search.missing))
+    plan = _settle(recipe, Path(root), rows, teacher, encoder, said, given, tuple(search.missing))
     check_sources(said, plan.sources, like)
     check_models(recipe, teacher, encoder)
     check_method(said, recipe, plan.mapping, like)
@@ -229,7 +239,7 @@ def _encoder(recipe, teacher, allow_hub, search):
     unnamed = recipe.distils and teacher is None and recipe.ptrain_ver is None
     return None if unnamed else search('encoder', find_encoder, recipe, teacher, allow_hub, search.fetch)
 
-def _settle(recipe, root, rows, teacher, encoder, said, missing):
+def _settle(recipe, root, rows, teacher, encoder, said, given, missing):
     "What follows from the recipe and what was found"
     own = encoder or teacher
     M = depth_of(own) if recipe.method == 'fine_tune' else recipe.num_hidden_layers
@@ -237,7 +247,7 @@ def _settle(recipe, root, rows, teacher, encoder, said, missing):
     starts = layers_to_start_from(recipe, mapping, own and own.config)
     device, teacher_device = devices_of(recipe)
     return Plan(recipe, root, teacher, encoder, mapping, starts, device, teacher_device,
-                precision_of(recipe, device, said), rows, missing)
+                precision_of(recipe, device, said), rows, given, missing)
 
 # %% ../nbs/47_experiment.ipynb #7092befa
 def assemble_distiller(
@@ -259,7 +269,8 @@ def _new_teacher(plan):
 
 def _new_student(plan, teacher):
     "A student, cut from the pretrained encoder or from the teacher"
-    r, encoder = plan.recipe, teacher.base_model if plan.encoder is None else load_encoder(plan.encoder.folder)
+    r = plan.recipe
+    encoder = teacher.base_model if plan.encoder is None else load_encoder(plan.encoder.folder)
     sizes = {name: getattr(r, name) for name in SIZES}
     return make_student(encoder, r.num_hidden_layers, get_task(r.task), plan.starts_from, r.copy_embeddings,
                         r.dropout, seed=r.seed, **sizes)
@@ -295,7 +306,8 @@ def assemble(
 
 def _cache(plan, distiller, data, tokenizer, progress):
     "The teacher's states, beside the experiments that share them"
-    return teacher_cache(distiller.teacher, data, tokenizer, plan.root/'teacher_cache', progress=progress)
+    return teacher_cache(distiller.teacher, data, tokenizer, plan.root/'teacher_cache', progress=progress,
+                         precision=plan.recipe.cache_precision)
 
 # %% ../nbs/47_experiment.ipynb #925512fc
 def run(
@@ -306,10 +318,11 @@ def run(
     callbacks=(),                   # more of Trainer's callbacks
     like: str | Path | None=None,   # as in `resolve`; what is resumed, by default
     allow_hub: bool=False,          # as in `resolve`
+    rows: Rows | None=None,         # as in `resolve`
 ) -> Path:                          # the run folder
     "Run a recipe to its end"
     if resume and like is None: like = find_experiment(recipe.experiment, recipe.task, recipe.model, root)
-    plan = resolve(recipe, root, like, allow_hub)
+    plan = resolve(recipe, root, like, allow_hub, rows=rows)
     check_new(plan.folder, resume)
     trainer = assemble(plan, progress, callbacks)
     return train(trainer, trainer.description, resume)
@@ -337,6 +350,7 @@ def rerun(
     resume: bool=False,          # as in `run`
     progress: bool=True,         # as in `run`
     allow_hub: bool=False,       # ask the hub for models that the folder names
+    rows: Rows | None=None,      # those that the run was given, if they were given in Python
 ) -> Path:                       # the new run folder
     "Train the recipe of a run folder again"
     folder = Path(folder)
@@ -346,7 +360,8 @@ def rerun(
                    precision=said.get('precision') or recipe.precision,
                    ptrain_ver=own_model(recipe.ptrain_ver, folder, allow_hub))
     if recipe.distils: changes |= _teacher_again(recipe, folder, said, allow_hub)
-    return run(recipe.replace(**changes), folder.parent, resume, progress, like=folder, allow_hub=allow_hub)
+    return run(recipe.replace(**changes), folder.parent, resume, progress, like=folder, allow_hub=allow_hub,
+               rows=rows)
 
 # %% ../nbs/47_experiment.ipynb #fa1b4db2
 def _teacher_again(recipe, folder, said, allow_hub):

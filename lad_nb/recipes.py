@@ -91,6 +91,9 @@ class _Batches(Settings):
     teacher_cache: bool = student_setting(False,
         "compute the teacher's states once, keep them on disk (experiments/teacher_cache) and read them "
         "in every epoch, method and seed")
+    cache_precision: str = student_setting('fp32',
+        'what the teacher computes its cache in, and what is kept: fp32, or bf16 in half the room',
+        ('fp32', 'bf16'), always_said=False)
     precision: str = student_setting('fp32',
         'of the forward passes: fp32, bf16 (autocast), or auto: bf16 where the processor has it',
         ('fp32', 'bf16', 'auto'))
@@ -322,8 +325,8 @@ def check_names(recipe):
         raise ValueError(f"There is no method {recipe.method!r}. Methods are: {there}.")
     for name in ('model', 'tmodel'):
         if (kind := getattr(recipe, name)) not in CONFIG_MAPPING:
-            raise ValueError(f"{name} is {kind!r}, which transformers does not know. Leave it out: it is found "
-                             "from the encoder.")
+            raise ValueError(f"{name} is {kind!r}, which transformers does not know. Leave it out: it is "
+                             "found from the encoder.")
 
 # %% ../nbs/45_recipes.ipynb #62de9b04
 def check_padding(recipe):
@@ -332,6 +335,9 @@ def check_padding(recipe):
         raise ValueError("teacher_cache=True needs norm='token' and mask_padding=True: the cache keeps no "
                          f"padding, and norm={recipe.norm!r}, mask_padding={recipe.mask_padding} look at it. "
                          "FAST sets all three.")
+    if recipe.cache_precision != 'fp32' and not recipe.teacher_cache:
+        raise ValueError(f"cache_precision is {recipe.cache_precision!r}, and there is no cache. Take "
+                         "teacher_cache=True (--teacher_cache), or leave it out.")
     if recipe.norm == 'sequence' and recipe.padding != 'max_length':
         raise ValueError("norm='sequence' needs padding='max_length': its LayerNorm has one fixed length.")
     if recipe.keep_last_batch and recipe.length_groups:

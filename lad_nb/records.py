@@ -14,6 +14,7 @@ import pandas as pd, torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .losses import has_label
 from .distiller import Distiller
 from .encoders import parts_of
 from .gates import measure_name
@@ -87,13 +88,26 @@ def opinions(
         gap = 1 - mine if none else (p - q).abs().sum(-1)/2
     return dict(teacher=None if none else other.tolist(), student=mine.tolist(), gap=gap.tolist())
 
+# %% ../nbs/57_records.ipynb #02ef026c
+def _labels_shown(record):
+    "What examples are compared with, and what that is called"
+    labels, logits = torch.cat([b['labels'] for b in record.batch]), record.teacher_logits
+    known = has_label(labels)
+    if known.all(): marks = ['']*len(labels)
+    else:
+        answers = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
+        labels = torch.where(known, labels, answers.to(labels.dtype))
+        marks = ['' if k else '?' for k in known]
+    ids = labels.tolist()
+    names = ids if record.student_logits.shape[1] == 1 else [record.id2label[i] for i in ids]
+    return ids, [f'{name}?' if mark else name for name, mark in zip(names, marks)]
+
 # %% ../nbs/57_records.ipynb #025550f5
 def batch_examples(
     record: StepNumbers,
 ) -> pd.DataFrame: # text, label, teacher, student, gap
     "One row per example of the batch, most disagreed first"
-    labels = torch.cat([b['labels'] for b in record.batch]).tolist()
-    names = labels if record.student_logits.shape[1] == 1 else [record.id2label[i] for i in labels]
+    labels, names = _labels_shown(record)
     columns = dict(text=batch_texts(record.batch, record.tokenizer), label=names)
     columns |= opinions(record.student_logits, record.teacher_logits, labels)
     return pd.DataFrame(columns).sort_values('gap', ascending=False, kind='stable', ignore_index=True)

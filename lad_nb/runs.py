@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PLACES', 'experiment_folder', 'find_experiment', 'check_new', 'checkpoints', 'find_checkpoint', 'sound_checkpoint',
            'read_log', 'versions', 'code_version', 'seen_from', 'found_from', 'remember', 'remembered', 'found_places',
-           'run_description', 'run_setting', 'bad_rows_of', 'pretrained_of', 'check_sources', 'check_same']
+           'run_description', 'task_of', 'check_given', 'run_setting', 'bad_rows_of', 'pretrained_of', 'check_sources',
+           'check_same']
 
 # %% ../nbs/40_runs.ipynb #e0ec8bd2
 import contextlib, hashlib, json, os, platform, re, subprocess, sys
@@ -18,6 +19,7 @@ from transformers import CONFIG_MAPPING
 import lad_nb
 from .durable import LOCK, check_links, clear_place, find_damage, read_json, write_text
 from .values import check_value, shown
+from .tasks import Task, get_task, learn_task
 from .models import check_model
 
 # %% ../nbs/40_runs.ipynb #2a7abcaa
@@ -231,7 +233,7 @@ def found_places(
 def run_description(
     folder: str | Path, # a run folder
 ) -> dict:              # its recipe.json, in which the folders of a recipe are those that are here
-    "What a run folder says of itself"
+    "What a run folder says of itself; a task of one's own is known by its name then"
     path = Path(folder)/'recipe.json'
     if not path.is_file():
         raise FileNotFoundError(f"There is no run folder at {folder}: it has no recipe.json.")
@@ -239,8 +241,32 @@ def run_description(
     said = read_json(path)
     if not isinstance(said, dict):
         raise ValueError(f"{path} does not describe a run: names and values were expected.")
+    learn_task(said, folder)
     if isinstance(said.get('recipe'), dict): said['recipe'] = found_places(said, Path(folder).parent)
     return said
+
+# %% ../nbs/40_runs.ipynb #3eb3f768
+def task_of(
+    task: str | Task,                                 # a task, or its name
+    model: str | Path | transformers.PreTrainedModel, # a classifier, a run folder or one of its checkpoints
+) -> Task:
+    "The task of that name; one that is not known here is looked for in the run that it is asked of"
+    run = None if isinstance(model, transformers.PreTrainedModel) else Path(model)
+    if isinstance(task, Task) or run is None: return get_task(task)
+    if run.name.startswith('checkpoint-'): run = run.parent
+    if (run/'recipe.json').is_file(): run_description(run)
+    return get_task(task)
+
+# %% ../nbs/40_runs.ipynb #77bb6884
+def check_given(
+    said: dict,      # the recipe.json of a run that is continued or repeated
+    who: str | Path, # its folder
+):
+    "`ValueError` for a run whose rows were given in Python, and are not given now"
+    rows = _as_dict(said.get('rows'))
+    if rows.get('given'):
+        raise ValueError(f"{who} was trained on rows that were given in Python: {rows.get('count')} rows, "
+                         f"{_short(rows)} Give the same rows again: rows=...")
 
 # %% ../nbs/40_runs.ipynb #51988ba6
 def run_setting(
@@ -296,7 +322,11 @@ def _check_rows(said, now, who):
     if _same(was, found): return
     raise ValueError(f"The training rows are not those of {who}: {found['count']} rows, {_short(found)}; "
                      f"{was.get('count')} rows, {_short(was)} were expected. "
-                     "Name the folder of its rows (data_dir), or train a new experiment.")
+                     f"{_bring(was)}, or train a new experiment.")
+
+def _bring(rows):
+    "How the rows of a run are brought again"
+    return 'Give the same rows (rows=...)' if rows.get('given') else 'Name the folder of its rows (data_dir)'
 
 # %% ../nbs/40_runs.ipynb #2834afef
 def check_sources(

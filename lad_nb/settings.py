@@ -23,9 +23,11 @@ def setting(
     flags: tuple=(),        # further spellings on the command line
     trainer: str | None=None, # the field of `DistilArguments` that this is
     pairs: bool=False,      # may also be {student layer: encoder layer}
+    always_said: bool=True, # False: `to_dict` leaves it out while it has its default
 ):
     "A field of a `Settings`: default, help, range and audience, once"
-    about = dict(help=help, allowed=allowed, audience=audience, flags=flags, pairs=pairs)
+    about = dict(help=help, allowed=allowed, audience=audience, flags=flags, pairs=pairs,
+                 always_said=always_said)
     return field(default=default, metadata=about | ({} if trainer is None else dict(trainer=trainer)))
 
 # %% ../nbs/03_settings.ipynb #a8a7a442
@@ -69,8 +71,10 @@ class Settings:
         return replace(self, **changes)
 
     def to_dict(self) -> dict:
-        "Every field, as JSON has it"
-        return {name: _as_json(value) for name, value in asdict(self).items()}
+        "Every field, as JSON has it; a field that came later only where it says something"
+        later = {f.name for f in fields(self) if not f.metadata['always_said']}
+        silent = later - self.changed().keys()
+        return {name: _as_json(value) for name, value in asdict(self).items() if name not in silent}
 
     def changed(self) -> dict:
         "The fields that differ from their default"

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from .durable import remove_folder, write_text
 from .tasks import get_task, splits_named
-from .losses import hard_loss, soft_loss
+from .losses import has_label, hard_loss, soft_loss
 from .distiller import DistilOutput, Distiller, check_weights
 from .models import load_tokenizer
 from .encoders import load_classifier
@@ -151,14 +151,15 @@ def layer_cka(
 
 # %% ../nbs/51_similarity.ipynb #cdbbc892
 def _pooled(run, on, **which):
-    "{(kind, layer, on): (N, H)} in float32, and the labels"
+    "{(kind, layer, on): (N, H)} in float32, and the labels, of rows that have one"
     found, labels = defaultdict(list), []
     for batch, out in forward_batches(run, **which):
         if 'labels' not in batch: raise ValueError(f"The split {which['split']} has no labels to probe for.")
-        labels.append(batch['labels'].cpu().numpy())
+        known = has_label(batch['labels'])
+        labels.append(batch['labels'][known].cpu().numpy())
         for (kind, k), h in _layers(out).items():
             for o in on:
-                pooled = _pools[o](h, batch['attention_mask'])
+                pooled = _pools[o](h, batch['attention_mask'])[known]
                 found[kind, k, o].append(pooled.float().cpu().numpy())
     return {key: np.concatenate(x) for key, x in found.items()}, np.concatenate(labels)
 

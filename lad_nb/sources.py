@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FoundModel', 'told', 'last_name', 'teacher_folder', 'check_asked', 'find_teacher', 'NotAllowed', 'own_model',
-           'encoder_of', 'find_encoder', 'with_families', 'training_bytes', 'check_sizes_allowed', 'find_rows',
-           'rows_hash', 'check_method', 'teacher_of']
+           'encoder_of', 'find_encoder', 'with_families', 'settle_families', 'training_bytes', 'check_sizes_allowed',
+           'given_rows', 'find_rows', 'rows_hash', 'check_method', 'teacher_of']
 
 # %% ../nbs/46_sources.ipynb #db9fbe58
 import hashlib, json, os
@@ -17,11 +17,11 @@ import psutil
 
 from .values import shown
 from .tasks import get_task
-from .data import find_data, load_task
+from .data import draw_rows, find_data, load_task
+from .rows import Rows, rows_of
 from .mappings import Mapping, mapping_from_dict
 from .models import SMALL, local_model, model_folder, weights_hash
 from .encoders import positions, read_config
-from .students import size_setting
 from .runs import (find_checkpoint, find_experiment, found_from, pretrained_of, remember, remembered,
                          seen_from)
 from .recipes import Recipe
@@ -165,6 +165,19 @@ def with_families(
                              "it is found.")
     return recipe.replace(**kinds)
 
+# %% ../nbs/46_sources.ipynb #845461c6
+def settle_families(
+    recipe: Recipe,
+    root: str | Path='experiments', # where experiments live
+) -> Recipe:
+    "`with_families`, as far as teacher and encoder are here: to name a run's folder before anything is read"
+    found = []
+    for find in (lambda: find_teacher(recipe, root, fetch=False),
+                 lambda: find_encoder(recipe, found[0], fetch=False)):
+        try: found.append(find())
+        except (FileNotFoundError, ValueError): found.append(None) # `resolve` says it in full
+    return with_families(recipe, *found)
+
 # %% ../nbs/46_sources.ipynb #536ff7b2
 def training_bytes(
     recipe: Recipe, # sizes of the student
@@ -187,7 +200,7 @@ def check_sizes_allowed(
 ):
     "`ValueError` for rows longer than a model has positions, or a student that this machine cannot hold"
     config = model.config
-    most = positions(config)
+    most = positions(config, model.name)
     if most is not None and recipe.max_seq_len > most:
         raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {most} is allowed by {model.name}, which "
                          "has so many positions.")
@@ -198,12 +211,26 @@ def check_sizes_allowed(
     raise ValueError(f"A student with {given} needs {needed:,} bytes at least (weights, gradients and two "
                      f"moments), and this machine has {there:,}. Take a smaller one.")
 
+# %% ../nbs/46_sources.ipynb #f32dd62b
+def given_rows(
+    recipe: Recipe, # how many of them it draws
+    rows: Rows,     # as `rows.rows_of` takes them
+):                  # Dataset
+    "Rows given in Python, as a recipe trains on them; `ValueError` for a folder beside them"
+    if recipe.data_dir is not None:
+        raise ValueError(f"data_dir is {recipe.data_dir!r}, and rows were given as well: take one of the "
+                         "two.")
+    what = 'what was given as rows'
+    return draw_rows(rows_of(recipe.task, rows), recipe.train_size, recipe.sample_seed, what)
+
 # %% ../nbs/46_sources.ipynb #198c5b4f
 def find_rows(
     recipe: Recipe,    # names task, split, folder, and how many rows are drawn
     fetch: bool=True,  # ask the hub for what is not here
+    rows: Rows | None=None, # rows given in Python, as `rows.rows_of` takes them
 ):                     # Dataset
     "The rows that a recipe trains on"
+    if rows is not None: return given_rows(recipe, rows)
     task = get_task(recipe.task)
     if not fetch and task.name != 'toy' and find_data(task, recipe.data_dir) is None:
         raise FileNotFoundError(f"no folder {task.folder} in $LAD_NB_GLUE, data/fine_tune or data/glue; the "

@@ -14,6 +14,7 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from .devices import random_state, set_random_state
+from .rows import Rows
 from .runs import check_new, checkpoints, find_experiment
 from .training import DistilTrainer, train
 from .recipes import Recipe
@@ -285,13 +286,17 @@ def _check_free(folder, resume):
     check_new(folder, resume)
 
 # %% ../nbs/58_stepper.ipynb #68b4eee6
-def _trainer_of(run, root, resume):
+def _trainer_of(run, root, resume, rows):
     "The trainer of a recipe, in a folder that is free; or the one that is given"
     given = isinstance(run, DistilTrainer)
+    if given and rows is not None: raise ValueError("A trainer has its rows: give rows with a recipe.")
     if given: folder = Path(run.args.output_dir)
-    else: folder = find_experiment(run.experiment, run.task, run.model, root)
+    else:
+        like = find_experiment(run.experiment, run.task, run.model, root) if resume else None
+        plan = resolve(run, root, like, rows=rows)
+        folder = plan.folder
     _check_free(folder, resume)
-    trainer = run if given else assemble(resolve(run, root, like=folder if resume else None), progress=False)
+    trainer = run if given else assemble(plan, progress=False)
     if (processes := trainer.args.world_size) > 1:
         raise ValueError(f"A Stepper holds one process, and this training has {processes}. "
                          "Take LiveView, or read the run folder.")
@@ -305,10 +310,11 @@ class Stepper(HeardRun):
         root: str | Path='experiments', # where experiments live, for a recipe
         resume: bool=False,             # go on from the run's last checkpoint
         by: str='projection',           # how content shares are taken: 'projection' or 'norm'
+        rows: Rows | None=None,         # to train on, given in Python, as in `experiment.run`
     ):
         turn, pace = Turn(), Pace(.02)
         reader = Reader(functools.partial(_wanted, turn, pace), pace, by)
-        super().__init__(_trainer_of(run, root, resume), turn, reader)
+        super().__init__(_trainer_of(run, root, resume, rows), turn, reader)
         trainer, hold = self.trainer, HoldUpdates(turn)
         trainer.callback_handler.callbacks[:0] = [hold, reader] # before gradients are clipped
         trainer.add_callback(TellUpdates(turn))

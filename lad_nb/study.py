@@ -23,8 +23,9 @@ import numpy as np, pandas as pd, torch
 from .durable import FolderInUse, end_with_parent, file_hash, lock_folder, remove_folder
 from .tasks import get_task
 from .gates import measure_name
-from .runs import check_same, checkpoints, code_version, find_experiment, run_description, versions
+from .runs import check_same, checkpoints, code_version, experiment_folder, run_description, versions
 from .recipes import Recipe, in_updates, recipe_from_dict
+from .sources import settle_families
 from .experiment import run
 from .results import (append_result, lines_by_run, processor_name, read_results, run_key, safe_name,
                             scores_of_run, snapshot, train_rows)
@@ -237,7 +238,8 @@ def _train_and_score(job, recipe, folder, root, results):
 def _one(job, root, results, wait=False):
     "The line of a run that no other process has, or had; `FolderInUse` if one has it"
     recipe = recipe_from_dict(job['recipe'])
-    folder = find_experiment(recipe.experiment, recipe.task, recipe.model, root)
+    settled = settle_families(recipe, root)
+    folder = experiment_folder(settled.experiment, settled.task, settled.model, root)
     with lock_folder(folder, (lambda: None) if wait else None):
         done = lines_by_run(results).get(run_key(job))
         return done or _train_and_score(job, recipe, folder, root, results)
@@ -270,8 +272,8 @@ def _teach_one(recipe, folder, job, root, results, say):
 def _teach(study, tasks, root, results, say):
     "Fine-tune the teachers of some tasks, unless they are there"
     for task in tasks:
-        recipe = study.teachers[task]
-        folder = find_experiment(recipe.experiment, recipe.task, recipe.model, root)
+        recipe = settle_families(study.teachers[task], root)
+        folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
         def wait(): say(f'teacher on {task}: another process has {folder}; waiting for it')
         with lock_folder(folder, wait):
             _teach_one(recipe, folder, _teacher_job(study, task), root, results, say)

@@ -264,14 +264,14 @@ class DistilTrainer(WholeUpdates, LossInParts, TwoHalves, Resumable, WholeCheckp
         per_step = args.per_device_train_batch_size*args.world_size # rows
         self.rows_per_update = per_step*args.gradient_accumulation_steps
         check_enough(train_dataset, self.rows_per_update)
-        check_labelled(train_dataset, distiller)
+        unlabelled = check_labelled(train_dataset, distiller)
         collate = batch_collator(distiller, args, train_dataset, tokenizer, cache)
         self.cache, self.order, self.description = cache, EpochOrder(), None
         super().__init__(model=distiller, args=args, processing_class=tokenizer, data_collator=collate,
                          train_dataset=train_dataset.add_column('row', range(len(train_dataset))),
                          callbacks=[self.order, *callbacks])
         self.model_accepts_loss_kwargs = False # the loss is a mean: Trainer divides it by the micro-batches
-        self.loss_parts, self.clipper = LossParts(), ClipBlocks(self)
+        self.loss_parts, self.clipper = LossParts(counts=unlabelled > 0), ClipBlocks(self)
         board = TensorBoardLog(Path(args.output_dir)/'tensorboard')
         for callback in (self.loss_parts, self.clipper, JsonLines(), board): self.add_callback(callback)
         if self.pop_callback(ProgressCallback): self.add_callback(LossBar())

@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .durable import append_line, write_text
+from .losses import has_label
 from .distiller import DistilOutput, Distiller
 from .runs import read_log
 from .health import BELOW_ZERO, explain_nonfinite
@@ -162,8 +163,9 @@ class WholeUpdates:
 
 # %% ../nbs/43_updates.ipynb #87fb5902
 class LossParts(TrainerCallback, ExportableState):
-    "Sums hard, soft and hidden losses between two log lines"
-    def __init__(self): self.sums, self.count, self.newest = None, 0, []
+    "Sums hard, soft and hidden losses between two log lines; where some rows have no label, it counts those"
+    def __init__(self, counts: bool=False): # some rows have no label
+        self.sums, self.count, self.newest, self.unlabelled = None, 0, [], 0 if counts else None
 
     def add(self, out: DistilOutput):
         "One micro-batch"
@@ -172,22 +174,35 @@ class LossParts(TrainerCallback, ExportableState):
         self.count += 1
         self.newest.append(parts)
 
+    def see(self, labels):
+        "The labels of one micro-batch (B,)"
+        if self.unlabelled is not None: self.unlabelled = self.unlabelled + (~has_label(labels)).sum()
+
     def means(self, accelerator, mapping) -> dict:
         "Means since the last line, over all processes; starts anew"
         if not self.count: return {}
         means = accelerator.gather((self.sums/self.count).float().unsqueeze(0)).mean(0).tolist()
         self.sums, self.count = None, 0
-        return dict(zip(['loss', 'hard', 'soft', *(f'hidden_{p.student}' for p in mapping.pairs)], means))
+        names = ['loss', 'hard', 'soft', *(f'hidden_{p.student}' for p in mapping.pairs)]
+        return dict(zip(names, means)) | self._counted(accelerator)
+
+    def _counted(self, accelerator):
+        if self.unlabelled is None: return {}
+        seen = torch.as_tensor(self.unlabelled, device=getattr(accelerator, 'device', None)).view(1)
+        self.unlabelled = 0
+        return dict(unlabelled=int(accelerator.gather(seen).sum()))
 
     def state(self):
         sums = None if self.sums is None else self.sums.tolist()
-        return dict(args={}, attributes=dict(sums=sums, count=self.count))
+        counted = {} if self.unlabelled is None else dict(unlabelled=int(self.unlabelled))
+        return dict(args={}, attributes=dict(sums=sums, count=self.count) | counted)
 
     def restore(self, trainer_state):
         "From a checkpoint's trainer_state.json"
         kept = trainer_state.get('stateful_callbacks', {}).get('LossParts', self.state())['attributes']
         self.sums = None if kept['sums'] is None else torch.tensor(kept['sums'], dtype=torch.float64)
         self.count = kept['count']
+        if self.unlabelled is not None: self.unlabelled = kept.get('unlabelled', 0)
 
 # %% ../nbs/43_updates.ipynb #9d9908d4
 class LossInParts:
@@ -196,6 +211,7 @@ class LossInParts:
         "The loss of a micro-batch; its parts are kept for the log, on the device"
         out = model(**inputs)
         self.loss_parts.add(out)
+        self.loss_parts.see(inputs.get('labels'))
         return (out.loss, out) if return_outputs else out.loss
 
     def log(self, logs, start_time=None):

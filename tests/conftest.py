@@ -44,7 +44,17 @@ def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow as well')
 
 
+LONG = ['runbook', 'studies', 'faults', 'cache', 'analysis', 'cli', 'browser', 'training', 'benchmark',
+        'widgets', 'distributed', 'loading', 'tasks', 'security', 'moves']  # begun first, the longest first
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin with the file that has the most tests
+
+
 def pytest_collection_modifyitems(config, items):
+    place = {f'test_{name}': i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     if config.getoption('--slow'): return
     skip = pytest.mark.skip(reason='takes minutes: pytest --slow runs it')
     for item in items:

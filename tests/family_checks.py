@@ -307,8 +307,8 @@ CHECKS = {
     'student_init': check_start, 'teacher': check_teacher,
     **{name: (lambda runs, method=method: check_method(runs, method)) for name, method in METHODS.items()},
     'teacher cache': check_cache, 'Stepper': check_stepper, 'resume': check_resume,
-    'analyses': check_analyses, 'evaluation': check_evaluation, 'pipeline': check_pipeline, 'open again': check_open,
-    'ONNX': check_onnx}
+    'analyses': check_analyses, 'evaluation': check_evaluation, 'pipeline': check_pipeline,
+    'open again': check_open, 'ONNX': check_onnx}
 
 
 def read_table():

@@ -5,7 +5,8 @@
     python tools/run_notebooks.py --quick               # as CI does
     python tools/run_notebooks.py --write               # store the new outputs where something differs
 
-Each notebook runs in a fresh kernel with its own folder as working directory. Text is compared after
+Each notebook runs in a fresh kernel with its own folder as working directory (with --quick, one that has
+imported the libraries already; see tools/warm_kernels.py). Text is compared after
 durations, addresses, temporary paths, dates and progress bars are taken out; decimals may differ by rounding.
 Pictures are compared pixel by pixel. A training's last digits depend on the processor: --quick compares words
 alone where it is not the one of tools/outputs_made_on.txt, which --write of all notebooks renews. A cell that
@@ -35,9 +36,11 @@ import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
+from warm_kernels import WarmKernel
 
 ROOT = Path(__file__).parents[1]
 MADE_ON = ROOT/'tools'/'outputs_made_on.txt'  # the processor that the stored outputs are from
+FEW = 3  # so many notebooks are done before the libraries have been imported for all
 
 # ---------------------------------------------------------------- what a cell is
 
@@ -244,12 +247,13 @@ class Result:
         return '\n'.join([head, *('    ' + line for line in self.lines)])
 
 
-def run(nb, folder, testing):
-    "Run a notebook in a fresh kernel; give back a copy with the new outputs."
+def run(nb, folder, testing, kernels=None):
+    "Run a notebook in a fresh kernel, of these kernels if given; give back a copy with the new outputs."
     new = nbformat.from_dict(nb)
     new.cells = [cell for cell in new.cells if is_run(cell)]
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | ({'IN_TEST': '1'} if testing else {})
-    client = NotebookClient(new, timeout=None, store_widget_state=False, record_timing=False,
+    kind = dict(kernel_manager_class=kernels) if kernels else {}
+    client = NotebookClient(new, timeout=None, store_widget_state=False, record_timing=False, **kind,
                             resources={'metadata': {'path': str(folder)}},
                             extra_arguments=['--IPKernelApp.log_level=40'])
     client.execute(env=env)
@@ -283,13 +287,13 @@ def store(nb, new, path):
     subprocess.run(['nbdev_clean', '--fname', str(path)], check=True)
 
 
-def check(path, quick=False, write=False, numbers=True):
+def check(path, quick=False, write=False, numbers=True, kernels=None):
     "Look at one notebook, run it, compare its outputs, and store the new ones if asked to."
     nb, start = nbformat.read(path, as_version=4), time.monotonic()
     testing = quick and has_switch(nb)
     result = Result(path, 'small form, outputs only looked at' if testing else 'compared')
     try:
-        new = run(nb, path.parent, testing)
+        new = run(nb, path.parent, testing, kernels)
     except (CellExecutionError, RuntimeError) as error:  # a kernel that died is a RuntimeError
         result.failed = True
         result.lines = normal(str(error)).splitlines()[-25:]
@@ -305,11 +309,15 @@ def check(path, quick=False, write=False, numbers=True):
 
 
 def find_notebooks(names):
-    "The notebooks of files and folders, long ones first, so that no worker is left with one at the end."
+    """The notebooks of files and folders: stories first, then modules from the last to the first.
+
+    The first modules are short: so no worker is left with a long notebook at the end.
+    """
     paths = [Path(name).resolve() for name in names]
     found = [p for path in paths for p in (sorted(path.rglob('*.ipynb')) if path.is_dir() else [path])]
     found = [path for path in found if '.ipynb_checkpoints' not in path.parts]
-    return sorted(found, key=lambda path: ('tutorials' not in path.parts, path.parent.name != 'benchmarks'))
+    stories = [path for path in found if not path.name[0].isdigit() or path.parent.name == 'analyses']
+    return stories + sorted((path for path in found if path not in stories), reverse=True)
 
 
 def main(args=None):
@@ -333,8 +341,9 @@ def main(args=None):
     elif args.write and args.notebooks == [ROOT/'nbs']:
         MADE_ON.write_text(here + '\n')
     paths = find_notebooks(args.notebooks)
+    kernels = WarmKernel if args.quick and len(paths) > FEW else None
     with ThreadPoolExecutor(args.workers) as pool:  # the work is in the kernels
-        waiting = [pool.submit(check, path, args.quick, args.write, numbers) for path in paths]
+        waiting = [pool.submit(check, path, args.quick, args.write, numbers, kernels) for path in paths]
         results = [told(future.result()) for future in as_completed(waiting)]
     wrong = [result for result in results if result.lines and (result.failed or not result.written)]
     print(f'{len(results) - len(wrong)} of {len(results)} notebooks are as they should be')
