@@ -65,6 +65,7 @@ def meta_classifier(
     like.update(with_layers(config, num_hidden_layers))
     try:
         with torch.device('meta'), quiet_loading(): return cls(like)
+    except AssertionError: raise # of a list with one entry for each layer: see `layer_path`
     except Exception as e: # each family finds other settings impossible
         why = f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
         raise ValueError(f"{who or 'This'} does not load as a {config.model_type} model: {why}") from e
@@ -105,7 +106,7 @@ def _find_path(config, who):
     "The same, looked for"
     said, found, every = f"{who or 'This'}: a {config.model_type} model", [], {}
     try: found, every = _lists(meta_classifier(config, who=who), 5)
-    except NotImplementedError as e: # its number of layers follows from something else
+    except (NotImplementedError, AssertionError) as e: # it follows from something else
         said += f", whose number of layers cannot be set ({' '.join(str(e).split())}),"
     if len(found) == 1: return found[0]
     T = config.num_hidden_layers
@@ -305,7 +306,6 @@ def read_config(
     except Exception as e: # each field has an exception of its own
         why = ' '.join(str(e).split()) or type(e).__name__
         raise ValueError(f"{folder/'config.json'} does not describe a model: {why}") from e
-    classifier_class(config, name)
     layer_path(config, name)
     return config
 
