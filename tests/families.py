@@ -2,12 +2,14 @@
 as pretrained encoders come in. Built offline, in a second."""
 import functools
 import json
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lad_nb.toy import toy_examples, toy_split
 
@@ -24,7 +26,7 @@ class Family:
     """What is known of a family beforehand, and held against what the library finds."""
     name: str          # as people say it
     model_type: str    # as config.json says it
-    kind: str          # of pieces: a key of `TRAINERS`
+    kind: str          # of pieces
     special: tuple     # its special tokens, in the order of their ids
     tokenizer: str     # its class
     layers: str        # where they are, below the base model
@@ -70,10 +72,11 @@ def sentences():
 
 
 def word_pieces(special):
-    tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return tokenizer, trainers.WordPieceTrainer(vocab_size=240, special_tokens=special, show_progress=False)
+    """Letters, and the most frequent words: a trainer of word pieces gives something else each time."""
+    words = Counter(re.findall('[a-z]+', ' '.join(sentences())))
+    letters = sorted(set(''.join(words)))
+    pieces = [*special, '.', *letters, *(f'##{c}' for c in letters), *(w for w, _ in words.most_common(150))]
+    return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
 
 
 def byte_pieces(special):
@@ -91,7 +94,7 @@ def unigram_pieces(special):
                                               show_progress=False)
 
 
-TRAINERS = {WORDS: word_pieces, BYTES: byte_pieces, UNIGRAM: unigram_pieces}
+TRAINERS = {BYTES: byte_pieces, UNIGRAM: unigram_pieces}
 
 
 @functools.cache
@@ -104,6 +107,8 @@ def learned(kind, special):
 
 def make_tokenizer(family):
     """A tokenizer of the family's own class."""
+    make = getattr(transformers, family.tokenizer, None)
+    if family.kind == WORDS: return make(vocab=word_pieces(family.special), model_max_length=64)
     tokenizer = learned(family.kind, family.special)
     if family.model_type == 'modernbert': return modern_tokenizer(tokenizer)
     said = json.loads(tokenizer.to_str())['model']
@@ -111,7 +116,7 @@ def make_tokenizer(family):
     if family.kind == UNIGRAM: vocabulary = [tuple(pair) for pair in vocabulary]
     if family.kind == BYTES: said = dict(merges=[tuple(pair) for pair in said['merges']])
     else: said = {}
-    return getattr(transformers, family.tokenizer)(vocab=vocabulary, model_max_length=64, **said)
+    return make(vocab=vocabulary, model_max_length=64, **said)
 
 
 def modern_tokenizer(tokenizer):
