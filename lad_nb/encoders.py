@@ -9,7 +9,7 @@ __all__ = ['quiet_loading', 'classifier_class', 'meta_classifier', 'with_layers'
            'load_classifier', 'make_classifier']
 
 # %% ../nbs/31_encoders.ipynb #26d76ee6
-import contextlib, copy, re, warnings
+import contextlib, copy, json, re, warnings
 from pathlib import Path
 
 import safetensors, torch, transformers
@@ -96,6 +96,14 @@ def layer_path(
     who: str | None=None,     # the model, named in the message
 ) -> str:                     # such as 'encoder.layer': a name below the base model
     "Where a family keeps its layers; `ValueError` says what was looked for"
+    key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
+    if key not in _paths: _paths[key] = _find_path(config, who)
+    return _paths[key]
+
+_paths = {} # what was found: a run asks a dozen times, and each time a model would be built
+
+def _find_path(config, who):
+    "The same, looked for"
     said, found, every = f"{who or 'This'}: a {config.model_type} model", [], {}
     try: found, every = _lists(meta_classifier(config, who=who), 5)
     except (NotImplementedError, AssertionError) as e: # it follows from something else

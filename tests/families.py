@@ -1,13 +1,15 @@
-"""Eight families of encoders, tiny and of random weights, each with a tokenizer of its own kind: folders such as
-pretrained encoders come in. Built offline, in a second."""
+"""Eight families of encoders, tiny and of random weights, each with a tokenizer of its own kind: folders such
+as pretrained encoders come in. Built offline, in a second."""
 import functools
 import json
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lad_nb.toy import toy_examples, toy_split
 
@@ -24,7 +26,7 @@ class Family:
     """What is known of a family beforehand, and held against what the library finds."""
     name: str          # as people say it
     model_type: str    # as config.json says it
-    kind: str          # of pieces: a key of `TRAINERS`
+    kind: str          # of pieces
     special: tuple     # its special tokens, in the order of their ids
     tokenizer: str     # its class
     layers: str        # where they are, below the base model
@@ -58,8 +60,8 @@ ALL = [
                 type_vocab_size=0)),
     Family('ModernBERT', 'modernbert', BYTES, MODERN, 'TokenizersBackend', 'layers', False,
            ('embeddings', 'final_norm'),
-           dict(local_attention=8, global_attn_every_n_layers=3, cls_token_id=1, sep_token_id=2, bos_token_id=1,
-                eos_token_id=2))]
+           dict(local_attention=8, global_attn_every_n_layers=3, cls_token_id=1, sep_token_id=2,
+                bos_token_id=1, eos_token_id=2))]
 FAMILIES = {family.name: family for family in ALL}
 
 
@@ -70,10 +72,11 @@ def sentences():
 
 
 def word_pieces(special):
-    tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return tokenizer, trainers.WordPieceTrainer(vocab_size=240, special_tokens=special, show_progress=False)
+    """Letters, and the most frequent words: a trainer of word pieces gives something else each time."""
+    words = Counter(re.findall('[a-z]+', ' '.join(sentences())))
+    letters = sorted(set(''.join(words)))
+    pieces = [*special, '.', *letters, *(f'##{c}' for c in letters), *(w for w, _ in words.most_common(150))]
+    return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
 
 
 def byte_pieces(special):
@@ -91,7 +94,7 @@ def unigram_pieces(special):
                                               show_progress=False)
 
 
-TRAINERS = {WORDS: word_pieces, BYTES: byte_pieces, UNIGRAM: unigram_pieces}
+TRAINERS = {BYTES: byte_pieces, UNIGRAM: unigram_pieces}
 
 
 @functools.cache
@@ -104,6 +107,8 @@ def learned(kind, special):
 
 def make_tokenizer(family):
     """A tokenizer of the family's own class."""
+    make = getattr(transformers, family.tokenizer, None)
+    if family.kind == WORDS: return make(vocab=word_pieces(family.special), model_max_length=64)
     tokenizer = learned(family.kind, family.special)
     if family.model_type == 'modernbert': return modern_tokenizer(tokenizer)
     said = json.loads(tokenizer.to_str())['model']
@@ -111,24 +116,26 @@ def make_tokenizer(family):
     if family.kind == UNIGRAM: vocabulary = [tuple(pair) for pair in vocabulary]
     if family.kind == BYTES: said = dict(merges=[tuple(pair) for pair in said['merges']])
     else: said = {}
-    return getattr(transformers, family.tokenizer)(vocab=vocabulary, model_max_length=64, **said)
+    return make(vocab=vocabulary, model_max_length=64, **said)
 
 
 def modern_tokenizer(tokenizer):
-    """ModernBERT has no tokenizer class: its folder says that there are no token types, and which token is what."""
+    """ModernBERT has no tokenizer class: its folder names its inputs and its special tokens."""
     tokenizer.post_processor = processors.TemplateProcessing(
         '[CLS] $A [SEP]', '[CLS] $A [SEP] $B [SEP]', [('[CLS]', 1), ('[SEP]', 2)])
     tokenizer.decoder = decoders.ByteLevel()
     names = {f'{name}_token': f'[{name.upper()}]' for name in ('unk', 'cls', 'sep', 'pad', 'mask')}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=64, model_input_names=['input_ids', 'attention_mask'], **names)
+    inputs = ['input_ids', 'attention_mask']
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64,
+                                                model_input_names=inputs, **names)
 
 
 def make_config(family, tokenizer, **settings):
     """Settings of a tiny model."""
     settings = SIZES | dict(max_position_embeddings=64) | family.settings | settings
-    return transformers.AutoConfig.for_model(family.model_type, vocab_size=len(tokenizer), initializer_range=.1,
-                                             pad_token_id=tokenizer.convert_tokens_to_ids(family.pad), **settings)
+    pad = tokenizer.convert_tokens_to_ids(family.pad)
+    return transformers.AutoConfig.for_model(family.model_type, vocab_size=len(tokenizer), pad_token_id=pad,
+                                             initializer_range=.1, **settings)
 
 
 def make_folder(family, folder, **settings):

@@ -1,5 +1,5 @@
-"""python opens_runs.py FOLDER...: opens run folders, and prints of each what its teacher and its student answer to one
-pair, as JSON."""
+"""python opens_runs.py FOLDER...: opens run folders, and prints of each what its teacher and its student
+answer to one pair, as JSON."""
 import json
 import sys
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from conftest import program
-from families import BERT, FAMILIES, ROBERTA, SIZES, UNIGRAM, WORDS, Family, make_folder, make_tokenizer
-from family_checks import CHECKS, METHODS, Runs, facts, read_table
+from families import BERT, FAMILIES, SIZES, WORDS, Family, make_folder, make_tokenizer
+from family_checks import CHECKS, Runs, facts, read_table
 
 from lad_nb.encoders import find_layers, load_classifier, load_encoder
 from lad_nb.experiment import resolve
@@ -23,7 +23,8 @@ from lad_nb.students import make_student
 @pytest.fixture(scope='module')
 def all_runs(tmp_path_factory):
     """Every family's runs; each is made when it is first asked for."""
-    return {name: Runs(family, tmp_path_factory.mktemp(family.model_type)) for name, family in FAMILIES.items()}
+    folders = {name: tmp_path_factory.mktemp(family.model_type) for name, family in FAMILIES.items()}
+    return {name: Runs(family, folders[name]) for name, family in FAMILIES.items()}
 
 
 @pytest.fixture(scope='module', params=FAMILIES)
@@ -78,8 +79,8 @@ def test_layer_types(all_runs):
 
 
 def test_first_layer(all_runs):
-    """ModernBERT's first layer has no norm before its attention: a later one in its place loses its own, and the
-    library says so. The first in first place loses nothing."""
+    """ModernBERT's first layer has no norm before its attention: a later one in its place loses its own, and
+    the library says so. The first in first place loses nothing."""
     encoder = load_encoder(all_runs['ModernBERT'].encoder)
     with pytest.warns(UserWarning, match='layer 2 loses attn_norm.weight as student layer 1'):
         make_student(encoder, 2, 'toy')
@@ -89,8 +90,8 @@ def test_first_layer(all_runs):
 
 
 def test_distilbert_of_the_hub(all_runs, tmp_path):
-    """The hub's DistilBERT names no tokenizer class, so its tokenizer is BERT's and makes token types, which its
-    model does not take: they are left out."""
+    """The hub's DistilBERT names no tokenizer class, so its tokenizer is BERT's and makes token types. Its
+    model takes none: they are left out."""
     runs = all_runs['DistilBERT']
     folder = shutil.copytree(runs.encoder, tmp_path/'encoder')
     (folder/'tokenizer_config.json').write_text('{"do_lower_case": true, "model_max_length": 64}')
@@ -120,14 +121,14 @@ def test_not_on_the_list(family, tmp_path):
 
 SMALL = dict(vocab_size=240)
 REFUSED = {
-    'ALBERT': (lambda: transformers.AlbertForMaskedLM(transformers.AlbertConfig(embedding_size=16, **SMALL, **SIZES)),
+    'ALBERT': (lambda: transformers.AlbertForMaskedLM(transformers.AlbertConfig(
+                   embedding_size=16, **SMALL, **SIZES)),
                r'albert.* 4 layers .*one list of 4 blocks .*ALBERT'),
     'Funnel': (lambda: transformers.FunnelForMaskedLM(transformers.FunnelConfig(
                    block_sizes=[2, 2], d_model=32, n_head=4, d_head=8, d_inner=64, **SMALL)),
                r'funnel.* number of layers cannot be set .*one list of 4 blocks'),
-    'Longformer': (lambda: transformers.LongformerForMaskedLM(transformers.LongformerConfig(
-                       attention_window=8, **SMALL, **SIZES)), r'longformer.* number of layers cannot be set'),
-    'GPT-2': (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=4, n_head=4, **SMALL)),
+    'GPT-2': (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
+                  n_embd=32, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0, **SMALL)),
               'gpt2 model, a decoder: lad_nb distils encoders'),
     'T5': (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(
                d_model=32, d_ff=64, num_layers=4, num_heads=4, d_kv=8, **SMALL)),
@@ -146,7 +147,7 @@ def refusal(folder, root):
 
 @pytest.mark.parametrize('name', REFUSED)
 def test_refused(name, tmp_path):
-    """What cannot be cut layer by layer is refused before anything is trained: what it is, and what to take."""
+    """What cannot be cut layer by layer is refused before anything is trained; what to take is said."""
     build, expected = REFUSED[name]
     build().save_pretrained(tmp_path/'model')
     make_tokenizer(FAMILIES['BERT']).save_pretrained(tmp_path/'model')
@@ -167,8 +168,8 @@ def test_unknown_type(tmp_path):
 # ---------------------------------------------------------------- the table
 
 def test_table(all_runs):
-    """The committed table is of these families and these checks, all were passed, and its facts are those that are
-    found now."""
+    """The committed table is of these families and these checks, all were passed, and its facts are those
+    that are found now."""
     table = read_table()
     assert table.family.tolist() == [*FAMILIES]
     known = pd.DataFrame([facts(runs.family, runs.encoder) for runs in all_runs.values()])

@@ -2,8 +2,8 @@
 
     python tools/make_families.py            # writes nbs/tutorials/families.csv: a minute or two
 
-A row a family: its classes, where its layers are, what lies beside them, and `yes` or what went wrong for each of
-`CHECKS` in tests/family_checks.py. tests/test_families.py holds the table to the families and checks that there are.
+A row a family: its classes, where its layers are, what lies beside them, and `yes` or what went wrong for
+each of `CHECKS` in tests/family_checks.py. tests/test_families.py holds the table to the families and checks.
 """
 import sys
 import tempfile
