@@ -73,12 +73,12 @@ def meta_classifier(
 def with_layers(
     config: PreTrainedConfig,
     num_hidden_layers: int,  # M
-    start: dict={},          # {student layer: encoder layer, or None}; silent: spread evenly
+    start: dict | None=None, # {student layer: encoder layer, or None}; those left out are spread evenly
 ) -> dict:                   # settings
     "What a config says of M layers; where layers are of several types, each takes its own along"
     said, types = dict(num_hidden_layers=num_hidden_layers), getattr(config, 'layer_types', None)
     if not types: return said
-    T, M = len(types), num_hidden_layers
+    T, M, start = len(types), num_hidden_layers, start or {}
     from_layers = [start.get(m) or min(T, max(1, round(m*T/M))) for m in range(1, M + 1)]
     return said | dict(layer_types=[types[k - 1] for k in from_layers])
 
