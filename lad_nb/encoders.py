@@ -70,6 +70,7 @@ def meta_classifier(
         why = f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
         raise ValueError(f"{who or 'This'} does not load as a {config.model_type} model: {why}") from e
 
+# %% ../nbs/31_encoders.ipynb #f3cb47b7
 def with_layers(
     config: PreTrainedConfig,
     num_hidden_layers: int,  # M
