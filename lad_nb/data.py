@@ -255,7 +255,7 @@ def _known(labels, unknown): return [unknown if y is None else y for y in labels
 # %% ../nbs/12_data.ipynb #0a08211f
 def encode(
     data: Dataset,        # from `load_task`
-    tokenizer,            # of teacher and student
+    tokenizer,            # of the model that reads them
     max_seq_len: int=128, # S: longer pairs are cut, the longer sentence first
 ) -> Dataset:             # input_ids, attention_mask (unpadded lists); token_type_ids, labels if there are
     "Tokenise a split once; rows keep their order, and what is read from disk stays on disk"
@@ -312,6 +312,7 @@ def add_teacher_ids(
     return concatenate_datasets([data, theirs.rename_columns({c: TEACHERS + c for c in theirs.column_names})],
                                 axis=1)
 
+# %% ../nbs/12_data.ipynb #300bf03e
 def teacher_part(
     row: dict, # of `add_teacher_ids`
 ) -> dict:     # {} for a row whose teacher reads what the student reads

@@ -287,8 +287,8 @@ def check_fit(
     if teacher is None: return
     _check_layers('teacher', teacher, mapping, 'T')
     if own_ids and mapping.pairs:
-        raise ValueError(f"Teacher and student have tokenizers of their own, and {mapping.name} compares them "
-                         "token by token. Take kd, which compares answers alone.")
+        raise ValueError(f"Teacher and student have tokenizers of their own, and {mapping.name} compares "
+                         "them token by token. Take kd, which compares answers alone.")
     if student.vocab_size != teacher.vocab_size and not own_ids:
         raise ValueError(f"The student's vocabulary has {student.vocab_size} entries, the teacher's "
                          f"{teacher.vocab_size}: they would read different text. "
@@ -316,8 +316,8 @@ def teachers_batch(
 ) -> dict:
     "What the teacher reads of a batch; `ValueError` where its own ids are missing, or are not wanted"
     if own_ids != bool(teachers):
-        raise ValueError("The teacher has a tokenizer of its own, and this batch has no teacher_input_ids: add "
-                         "them (data.add_teacher_ids)." if own_ids else
+        raise ValueError("The teacher has a tokenizer of its own, and this batch has no teacher_input_ids: "
+                         "add them (data.add_teacher_ids)." if own_ids else
                          f"This batch has {', '.join(teachers)}, which nobody reads: make the Distiller with "
                          "own_ids=True.")
     return {k.removeprefix('teacher_'): v for k, v in teachers.items()} if own_ids else batch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'experiment_folder', 'find_experiment', 'check_new', 'checkpoints', 'find_checkpoint', 'sound_checkpoint',
            'read_log', 'versions', 'code_version', 'seen_from', 'found_from', 'remember', 'remembered', 'found_places',
-           'run_description', 'task_of', 'check_given', 'run_setting', 'bad_rows_of', 'pretrained_of', 'check_sources',
+           'run_description', 'task_of', 'run_setting', 'bad_rows_of', 'pretrained_of', 'check_sources', 'check_given',
            'check_same']
 
 # %% ../nbs/40_runs.ipynb #e0ec8bd2
@@ -257,17 +257,6 @@ def task_of(
     if (run/'recipe.json').is_file(): run_description(run)
     return get_task(task)
 
-# %% ../nbs/40_runs.ipynb #77bb6884
-def check_given(
-    said: dict,      # the recipe.json of a run that is continued or repeated
-    who: str | Path, # its folder
-):
-    "`ValueError` for a run whose rows were given in Python, and are not given now"
-    rows = _as_dict(said.get('rows'))
-    if rows.get('given'):
-        raise ValueError(f"{who} was trained on rows that were given in Python: {rows.get('count')} rows, "
-                         f"{_short(rows)} Give the same rows again: rows=...")
-
 # %% ../nbs/40_runs.ipynb #51988ba6
 def run_setting(
     folder: str | Path, # a run folder
@@ -340,6 +329,17 @@ def check_sources(
     if said.get('precision') and now.get('precision') and said['precision'] != now['precision']:
         raise ValueError(f"precision is {now['precision']!r}, {who} began in {said['precision']!r}. "
                          "Take the same, or train a new experiment.")
+
+# %% ../nbs/40_runs.ipynb #77bb6884
+def check_given(
+    said: dict,      # the recipe.json of a run that is continued or repeated
+    who: str | Path, # its folder
+):
+    "`ValueError` for a run whose rows were given in Python, and are not given now"
+    rows = _as_dict(said.get('rows'))
+    if rows.get('given'):
+        raise ValueError(f"{who} was trained on rows that were given in Python: {rows.get('count')} rows, "
+                         f"{_short(rows)} Give the same rows again: rows=...")
 
 # %% ../nbs/40_runs.ipynb #28c4844f
 _told_by = dict( # what a hash tells better than a name

@@ -16,14 +16,14 @@ from .values import LAYERS, check_value, plain
 
 # %% ../nbs/03_settings.ipynb #4bf2902c
 def setting(
-    default,                # None: left open, and said in `help` what that means
-    help: str,              # one line, without a full stop
-    allowed=None,           # a `Range` of numbers, or a tuple of the texts that are allowed
-    audience: str='all',    # which commands have the flag: 'all', or a name that they know
-    flags: tuple=(),        # further spellings on the command line
+    default,                  # None: left open, and said in `help` what that means
+    help: str,                # one line, without a full stop
+    allowed=None,             # a `Range` of numbers, or a tuple of the texts that are allowed
+    audience: str='all',      # which commands have the flag: 'all', or a name that they know
+    flags: tuple=(),          # further spellings on the command line
     trainer: str | None=None, # the field of `DistilArguments` that this is
-    pairs: bool=False,      # may also be {student layer: encoder layer}
-    always_said: bool=True, # False: `to_dict` leaves it out while it has its default
+    pairs: bool=False,        # may also be {student layer: encoder layer}
+    always_said: bool=True,   # False: `to_dict` leaves it out while it has its default
 ):
     "A field of a `Settings`: default, help, range and audience, once"
     about = dict(help=help, allowed=allowed, audience=audience, flags=flags, pairs=pairs,

@@ -161,8 +161,8 @@ def with_families(
     kinds = {name: model.config.model_type for name, model in found.items() if model is not None}
     for name, kind in kinds.items():
         if (said := getattr(recipe, name)) not in ('bert', kind):
-            raise ValueError(f"{name} is {said!r}, and {found[name].name} is a {kind} model. Leave {name} out: "
-                             "it is found.")
+            raise ValueError(f"{name} is {said!r}, and {found[name].name} is a {kind} model. Leave {name} "
+                             "out: it is found.")
     return recipe.replace(**kinds)
 
 # %% ../nbs/46_sources.ipynb #845461c6
@@ -202,8 +202,8 @@ def check_sizes_allowed(
     config = model.config
     most = positions(config, model.name)
     if most is not None and recipe.max_seq_len > most:
-        raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {most} is allowed by {model.name}, which "
-                         "has so many positions.")
+        raise ValueError(f"max_seq_len is {recipe.max_seq_len}; 4 to {most} is allowed by {model.name}, "
+                         "which has so many positions.")
     needed, there = training_bytes(recipe, config), psutil.virtual_memory().total
     if needed <= there: return
     sizes = {n: getattr(recipe, n) for n in ('num_hidden_layers', 'd_model', 'd_ff')}

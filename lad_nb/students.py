@@ -79,7 +79,7 @@ def student_config(
     num_hidden_layers: int,   # M
     task: str | Task,         # gives the head its labels
     dropout: float=0.1,       # of hidden states and attention
-    start: dict={},           # {student layer: encoder layer or None}: a layer's type travels with it
+    start: dict | None=None,  # {student layer: encoder layer or None}: a layer's type travels with it
     **sizes,                  # other settings, such as hidden_size
 ) -> PreTrainedConfig:
     "The encoder's settings, with M layers and a head"

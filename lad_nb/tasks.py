@@ -206,7 +206,7 @@ def _write_label(task, value, where):
 
 # %% ../nbs/10_tasks.ipynb #e357210d
 def as_frame(
-    rows,           # a data frame, a `Dataset`, or a list of dicts
+    rows,             # a data frame, a `Dataset`, or a list of dicts
     what: str='rows', # what they are, for the error
 ) -> pd.DataFrame:
     "Rows as a data frame; labels that a `Dataset` has as ids are named"
@@ -223,7 +223,8 @@ def as_frame(
 def _named(feature, column):
     "Label ids by name; no label is None"
     if not isinstance(feature, ClassLabel): return column
-    return column.map(lambda i: None if i is None or i < 0 else feature.int2str(i)).astype(object)
+    names = [None if i is None or i < 0 else feature.int2str(i) for i in column]
+    return pd.Series(names, dtype=object)
 
 # %% ../nbs/10_tasks.ipynb #503b60c0
 def _tsv(task, rows, split):
@@ -328,6 +329,7 @@ def own_task_told(
     "A task of one's own, for a run folder"
     return {} if task.name in (*GLUE, 'toy') else dict(task=asdict(task))
 
+# %% ../nbs/10_tasks.ipynb #aed48979
 def learn_task(
     said: dict,      # a recipe.json
     who: str | Path, # its folder, named in the error
