@@ -23,11 +23,10 @@ from .rows import Rows, rows_of
 from .gates import Aggregates, gate_amounts, measure_name, to_shares
 from .targets import Gate, Layer
 from .losses import has_label
-from .distiller import DistilOutput, Distiller, Objective
-from .encoders import load_classifier
+from .distiller import DistilOutput, Objective
 from .runs import checkpoints, find_checkpoint
 from .training import load_gates
-from .experiment import open_run
+from .experiment import join_teacher, open_run
 
 # %% ../nbs/50_analysis.ipynb #ceb80761
 def open_with_teacher(
@@ -41,7 +40,7 @@ def open_with_teacher(
     if distiller.teacher is not None:
         raise ValueError(f"{folder} has a teacher of its own; teacher={teacher!r} is for runs without one. "
                          "Leave it out.")
-    return Distiller(distiller.student, load_classifier(teacher, recipe.task)).eval(), tokenizer, recipe
+    return *join_teacher(distiller.student, tokenizer, teacher, recipe.task), recipe
 
 # %% ../nbs/50_analysis.ipynb #f1da9d84
 def first_rows(
@@ -50,9 +49,11 @@ def first_rows(
     data_dir: str | Path | None, # the run's if None
     rows: int | Rows | None,     # of that split, from its start; None: all; or rows given in Python
     bad_rows: str | None=None,   # as in `evaluation.evaluate`
+    for_teacher: bool=False,     # as the teacher reads them, where it has a tokenizer of its own
 ):                               # Dataset, encoded
     "The first rows of a split as the run's models read them"
-    _, tokenizer, recipe = run
+    distiller, tokenizer, recipe = run
+    if for_teacher: tokenizer = distiller.teacher_tokenizer or tokenizer
     task = get_task(recipe.task)
     if rows is not None and not isinstance(rows, int):
         return encode(rows_of(task, rows), tokenizer, recipe.max_seq_len)
@@ -88,8 +89,12 @@ def forward_batches(
     student: bool=True,               # False: leave the student out, where only gates matter
     bad_rows: str | None=None,        # as in `evaluation.evaluate`
 ):                                    # yields a batch (input_ids (B, S), ..) and its DistilOutput
-    "A run's models over a slice of a split, batch by batch, with every state"
+    "A run's models over a slice of a split, batch by batch, with every state; `ValueError` for two tokenizers"
     distiller, tokenizer, recipe = run
+    if distiller.own_ids:
+        raise ValueError("Teacher and student have tokenizers of their own: their hidden states belong to other "
+                         "tokens and can't be held against each other. Compare their answers: "
+                         "teacher_agreement, dev_losses.")
     device = pick_device(device_id)
     distiller.to(device)
     data = first_rows(run, split, data_dir, rows, bad_rows)

@@ -327,6 +327,7 @@ class FrozenTeacher(nn.Module):
     "Holds a teacher aside, frozen and in eval mode"
     needs_states = False # True: hidden states are needed even when nobody asks for them
     own_ids = False      # True: it reads ids of its own, not the student's
+    teacher_tokenizer = None # with own_ids, where known: what makes them
 
     def __init__(self,
         teacher: nn.Module | None=None, # a classifier with T layers, or none

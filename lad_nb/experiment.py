@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['Plan', 'mapping_told', 'sources_told', 'schedule_told', 'Search', 'depth_of', 'check_batches', 'check_models',
            'read_alike', 'layers_to_start_from', 'devices_of', 'precision_of', 'resolve', 'assemble_distiller',
-           'distiller_of', 'reader_of', 'encode_for_both', 'assemble', 'run', 'open_run', 'rerun']
+           'distiller_of', 'reader_of', 'encode_for_both', 'join_teacher', 'assemble', 'run', 'open_run', 'rerun']
 
 # %% ../nbs/47_experiment.ipynb #f1d0af50
 import os, warnings
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import set_seed
 
 from .devices import pick_device, pick_precision
-from .tasks import get_task, own_task_told
+from .tasks import Task, get_task, own_task_told
 from .data import add_teacher_ids, encode
 from .rows import Rows, count_unlabelled
 from .mappings import Mapping, mapping_from_dict, mapping_to_dict
@@ -319,6 +319,21 @@ def encode_for_both(
                   "answers are compared.")
     return add_teacher_ids(encode(plan.rows, tokenizer, S), plan.rows, theirs, S)
 
+# %% ../nbs/47_experiment.ipynb #f71538c7
+def join_teacher(
+    student,              # a classifier
+    tokenizer,            # its own
+    folder: str | Path,   # of the teacher
+    task: str | Task,     # of both
+    make=Distiller,       # called with student, teacher and own_ids
+) -> tuple:               # Distiller in eval mode, and the tokenizer that reads for it
+    "A student beside a teacher from a folder, each reading what it was trained to read"
+    teacher, theirs = load_classifier(folder, task), load_tokenizer(folder)
+    own_ids = not same_tokens(tokenizer, theirs)
+    distiller = make(student=student, teacher=teacher, own_ids=own_ids).eval()
+    distiller.teacher_tokenizer = theirs if own_ids else None
+    return distiller, tokenizer if own_ids else reader_of(tokenizer, theirs)
+
 # %% ../nbs/47_experiment.ipynb #bea3b4c9
 def assemble(
     plan: Plan,           # from `resolve`
@@ -373,13 +388,11 @@ def open_run(
     said = run_description(folder)
     recipe, place = recipe_from_dict(said), folder if step is None else find_checkpoint(folder, step)
     student = load_classifier(place, recipe.task)
-    tokenizer, teacher, mapping, own_ids = load_tokenizer(place), None, None, False
+    tokenizer = load_tokenizer(place)
     if said.get('teacher'):
-        found, mapping = teacher_of(folder, said), mapping_from_dict(said['mapping'])
-        teacher, theirs = load_classifier(found, recipe.task), load_tokenizer(found)
-        own_ids = not same_tokens(tokenizer, theirs)
-        if not own_ids: tokenizer = reader_of(tokenizer, theirs)
-    distiller = distiller_of(recipe, student, teacher, mapping, own_ids)
+        make = partial(distiller_of, recipe, mapping=mapping_from_dict(said['mapping']))
+        distiller, tokenizer = join_teacher(student, tokenizer, teacher_of(folder, said), recipe.task, make)
+    else: distiller = distiller_of(recipe, student, None, None)
     load_gates(distiller.objective, place)
     return distiller.eval(), tokenizer, recipe
 

@@ -21,12 +21,12 @@ from torch.utils.tensorboard import SummaryWriter
 from .durable import remove_folder, write_text
 from .tasks import get_task, splits_named
 from .losses import has_label, hard_loss, soft_loss
-from .distiller import DistilOutput, Distiller, check_weights
+from .distiller import DistilOutput, check_weights
 from .models import load_tokenizer
 from .encoders import load_classifier
 from .runs import checkpoints, find_checkpoint, read_log, run_description
 from .recipes import recipe_from_dict
-from .experiment import open_run
+from .experiment import join_teacher, open_run
 from .evaluation import predict, score
 from .analysis import first_rows, forward_batches, open_with_teacher
 
@@ -261,8 +261,9 @@ def teacher_agreement(
     steps, found = checkpoints(folder) if steps is None else steps, []
     places = {step: find_checkpoint(folder, step) for step in steps}
     data = first_rows(run, split, data_dir, rows, bad_rows)
+    theirs = first_rows(run, split, data_dir, rows, bad_rows, for_teacher=True)
     how = (data, tokenizer, batch_size, device_id)
-    said = predict(distiller.teacher, *how)
+    said = predict(distiller.teacher, theirs, distiller.teacher_tokenizer or tokenizer, batch_size, device_id)
     compare = _regressions if get_task(recipe.task).regression else _predictions
     for step, place in places.items():
         answers = predict(load_classifier(place, recipe.task), *how)
@@ -306,7 +307,7 @@ def _run_with_teacher(folder, teacher):
     if teacher is None: return open_run(folder, max(checkpoints(folder)))
     recipe = recipe_from_dict(run_description(folder))
     student, tokenizer = load_classifier(place, recipe.task), load_tokenizer(place)
-    return Distiller(student, load_classifier(teacher, recipe.task)).eval(), tokenizer, recipe
+    return *join_teacher(student, tokenizer, teacher, recipe.task), recipe
 
 # %% ../nbs/51_similarity.ipynb #60d7a150
 def _to_tensorboard(table, folder):
@@ -335,11 +336,13 @@ def dev_losses(
     distiller, tokenizer, recipe = run
     how = _loss_settings(folder, run, soft_weight=soft_weight, hard_weight=hard_weight,
                          softmax_temp=softmax_temp)
-    def asked(model, rows): return predict(model, rows, tokenizer, batch_size, device_id)
+    def asked(model, rows, reads=tokenizer): return predict(model, rows, reads, batch_size, device_id)
     names, found = splits_named(recipe.task, split), []
     data = {name: first_rows(run, name, data_dir, None) for name in names}
-    taught = {} if distiller.teacher is None else data
-    said = {name: asked(distiller.teacher, rows) for name, rows in taught.items()}
+    reads = distiller.teacher_tokenizer or tokenizer
+    taught = {name: first_rows(run, name, data_dir, None, for_teacher=True)
+              for name in (names if distiller.teacher is not None else ())}
+    said = {name: asked(distiller.teacher, rows, reads) for name, rows in taught.items()}
     for step, place in checkpoints(folder).items():
         student = load_classifier(place, recipe.task)
         for name, rows in data.items():

@@ -6,10 +6,14 @@ import torch
 from conftest import FEW
 from families import FAMILIES, make_folder, write_rows
 
+from lad_nb.analysis import forward_batches
 from lad_nb.data import encode, load_task
+from lad_nb.evaluation import predict
 from lad_nb.experiment import open_run, rerun, resolve, run
+from lad_nb.encoders import load_classifier
 from lad_nb.models import load_tokenizer, weights_hash
 from lad_nb.recipes import FAST, Recipe
+from lad_nb.similarity import dev_losses, layer_cka, teacher_agreement
 from lad_nb.stepper import Stepper
 
 SHORT = FEW | dict(batch_size=8, max_seq_len=48)
@@ -29,8 +33,8 @@ def root(tmp_path_factory):
 
 def student(root, name, encoder, method='lad', **changes):
     """The recipe of a student with two layers, cut from an encoder of another family than its teacher's."""
-    recipe = Recipe(name, teacher_exp='teacher', method=method, num_hidden_layers=2, data_dir=str(root/'rows'),
-                    ptrain_ver=str(root/encoder))
+    recipe = Recipe(name, teacher_exp='teacher', method=method, num_hidden_layers=2,
+                    data_dir=str(root/'rows'), ptrain_ver=str(root/encoder))
     return recipe.replace(**SHORT | changes)
 
 
@@ -57,7 +61,8 @@ def test_the_teacher_keeps_its_segments(root):
     assert 'token_type_ids' not in load_tokenizer(folder).model_input_names  # the student's own has none
     batch = reader.pad({k: rows[k] for k in rows.column_names if k != 'labels'}, return_tensors='pt')
     with torch.no_grad():
-        alone, out = distiller.teacher(**batch).logits, distiller(**batch, labels=torch.tensor(rows['labels']))
+        alone = distiller.teacher(**batch).logits
+        out = distiller(**batch, labels=torch.tensor(rows['labels']))
         without = distiller.teacher(**{k: v for k, v in batch.items() if k != 'token_type_ids'}).logits
     assert torch.equal(out.teacher_logits, alone) and not torch.equal(alone, without)
 
@@ -72,7 +77,8 @@ def test_a_tokenizer_each(root):
     losses = [[line['loss'] for line in log(f) if 'loss' in line] for f in (plain, cached)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     distiller, tokenizer, _ = open_run(plain)
-    theirs, text = load_tokenizer(root/'teacher_bert_toy'), load_task('toy', 'train', root/'rows').select([0, 1])
+    theirs = load_tokenizer(root/'teacher_bert_toy')
+    text = load_task('toy', 'train', root/'rows').select([0, 1])
     mine, other = (encode(text, t, 48) for t in (tokenizer, theirs))
     assert mine['input_ids'] != other['input_ids']
     batch = {k: torch.tensor(mine[k][:1]) for k in ('input_ids', 'attention_mask')}
@@ -102,3 +108,36 @@ def test_hidden_methods_are_refused(root, method):
     with pytest.raises(ValueError, match='have different tokenizers, and .* token by token.*or take kd'):
         resolve(student(root, 'refused', 'MPNet', method, **FAST), root)
     assert not list(root.glob('refused*'))
+
+
+def answers(root, folder):
+    """What a model says of the dev rows, read with its own tokenizer."""
+    tokenizer = load_tokenizer(folder)
+    rows = encode(load_task('toy', 'dev', root/'rows'), tokenizer, 48)
+    return torch.from_numpy(predict(load_classifier(folder), rows, tokenizer, device_id=-1)).double()
+
+
+@pytest.mark.parametrize('encoder', ['MPNet', 'DistilBERT'])
+def test_analyses_ask_each_with_its_own_ids(root, encoder):
+    """The teacher's answers are those to its own ids and segments, in the run and beside another student."""
+    teacher = root/'teacher_bert_toy'
+    folder = run(student(root, f'asked-{encoder}', encoder, 'kd'), root, progress=False)
+    alone = student(root, f'alone-{encoder}', encoder, 'undistilled', teacher_exp=None)
+    alone = run(alone, root, progress=False)
+    for place, named in (folder, None), (folder, teacher), (alone, teacher):
+        said, mine = answers(root, teacher), answers(root, place)
+        soft = 25*torch.nn.functional.kl_div((mine/5).log_softmax(-1), (said/5).log_softmax(-1),
+                                             reduction='batchmean', log_target=True).item()
+        weights = dict(soft_weight=.7, hard_weight=.3, softmax_temp=5.)
+        found = dev_losses(place, teacher=named, device_id=-1, **weights)
+        assert found.soft.iloc[-1] == pytest.approx(soft, rel=1e-4)
+        if place == folder and named is not None: continue
+        same = teacher_agreement(place, teacher=named, device_id=-1).same.iloc[-1]
+        assert same == (said.argmax(-1) == mine.argmax(-1)).double().mean()
+
+
+def test_states_of_two_tokenizers_are_not_compared(root):
+    """What would hold one token against another is refused."""
+    folder = run(student(root, 'states', 'MPNet', 'kd'), root, progress=False)
+    for look in (lambda: layer_cka(folder), lambda: next(forward_batches(open_run(folder)))):
+        with pytest.raises(ValueError, match='Compare their answers'): look()
