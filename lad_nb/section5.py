@@ -26,7 +26,7 @@ from .study import Study, collect_snapshots, run_study
 
 # %% ../nbs/63_section5.ipynb #0f7f6ec3
 section5_teacher = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=5e-5, soft_weight=0.,
-                          hard_weight=1., mu=0., length_groups=True, device_id=-1)
+                          hard_weight=1., mu=0., length_groups=True)
 
 # %% ../nbs/63_section5.ipynb #5d350e42
 _sst2 = dict(train_size=8000, max_seq_len=64, total_step=500, warmup_step=50, ckpt_step=500) # two epochs
@@ -52,7 +52,7 @@ section5_methods = {
 # %% ../nbs/63_section5.ipynb #839240e9
 section5 = Study(
     'section5',
-    base=Recipe('section5', num_hidden_layers=3, ptrain_ver=SMALL, device_id=-1, **FAST),
+    base=Recipe('section5', num_hidden_layers=3, ptrain_ver=SMALL, **FAST),
     teachers=dict(sst2=section5_teacher.replace(task='sst2', **_sst2),
                   mrpc=section5_teacher.replace(task='mrpc', **_mrpc_teacher)),
     tasks=dict(sst2=_sst2, mrpc=_mrpc),
