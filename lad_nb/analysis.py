@@ -89,11 +89,11 @@ def forward_batches(
     student: bool=True,               # False: leave the student out, where only gates matter
     bad_rows: str | None=None,        # as in `evaluation.evaluate`
 ):                                    # yields a batch (input_ids (B, S), ..) and its DistilOutput
-    "A run's models over a slice of a split, batch by batch, with every state; `ValueError` for two tokenizers"
+    "A run's models over a slice of a split, batch by batch, with every state; one tokenizer for both"
     distiller, tokenizer, recipe = run
     if distiller.own_ids:
-        raise ValueError("Teacher and student have tokenizers of their own: their hidden states belong to other "
-                         "tokens and can't be held against each other. Compare their answers: "
+        raise ValueError("Teacher and student have tokenizers of their own: their hidden states belong to "
+                         "other tokens and can't be held against each other. Compare their answers: "
                          "teacher_agreement, dev_losses.")
     device = pick_device(device_id)
     distiller.to(device)
