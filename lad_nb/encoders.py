@@ -42,13 +42,13 @@ def classifier_class(
     "The class of its classifiers; `ValueError` for a model that has none, or is not an encoder"
     who, kind = who or 'This', type(config)
     if config.is_encoder_decoder:
-        raise ValueError(f"{who} is a {config.model_type} model, an encoder-decoder: {_encoders}")
+        raise ValueError(f"{who} is a model of type {config.model_type}, an encoder-decoder: {_encoders}")
     left_to_right = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
     if left_to_right or getattr(config, 'is_decoder', False):
-        raise ValueError(f"{who} is a {config.model_type} model, a decoder: {_encoders}")
+        raise ValueError(f"{who} is a model of type {config.model_type}, a decoder: {_encoders}")
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ValueError(f"{who} is a {config.model_type} model, and transformers has no classifier of text "
-                         f"for it: {_encoders}")
+        raise ValueError(f"{who} is a model of type {config.model_type}, and transformers has no classifier of "
+                         f"text for it: {_encoders}")
     return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
 
 _encoders = ('lad_nb distils encoders, layer by layer. Take one such as BERT, RoBERTa, ELECTRA, MPNet, '
@@ -105,7 +105,7 @@ _paths = {} # what was found: a run asks a dozen times, and each time a model wo
 
 def _find_path(config, who):
     "The same, looked for"
-    said, found, every = f"{who or 'This'}: a {config.model_type} model", [], {}
+    said, found, every = f"{who or 'This'}: a model of type {config.model_type}", [], {}
     try: found, every = _lists(meta_classifier(config, who=who), 5)
     except (NotImplementedError, AssertionError) as e: # it follows from something else
         said += f", whose number of layers cannot be set ({' '.join(str(e).split())}),"

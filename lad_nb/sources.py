@@ -161,7 +161,7 @@ def with_families(
     kinds = {name: model.config.model_type for name, model in found.items() if model is not None}
     for name, kind in kinds.items():
         if (said := getattr(recipe, name)) not in ('bert', kind):
-            raise ValueError(f"{name} is {said!r}, and {found[name].name} is a {kind} model. Leave {name} "
+            raise ValueError(f"{name} is {said!r}, and {found[name].name} is of type {kind}. Leave {name} "
                              "out: it is found.")
     return recipe.replace(**kinds)
 

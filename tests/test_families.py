@@ -129,12 +129,12 @@ REFUSED = {
                r'funnel.* number of layers cannot be set .*one list of 4 blocks'),
     'GPT-2': (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
                   n_embd=32, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0, **SMALL)),
-              'gpt2 model, a decoder: lad_nb distils encoders'),
+              'type gpt2, a decoder: lad_nb distils encoders'),
     'T5': (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(
                d_model=32, d_ff=64, num_layers=4, num_heads=4, d_kv=8, **SMALL)),
-           't5 model, an encoder-decoder: lad_nb distils encoders'),
+           'type t5, an encoder-decoder: lad_nb distils encoders'),
     'ViT': (lambda: transformers.ViTModel(transformers.ViTConfig(image_size=32, **SIZES)),
-            'vit model, and transformers has no classifier of text for it')}
+            'type vit, and transformers has no classifier of text for it')}
 
 
 def refusal(folder, root):
