@@ -47,8 +47,8 @@ def classifier_class(
     if left_to_right or getattr(config, 'is_decoder', False):
         raise ValueError(f"{who} is a model of type {config.model_type}, a decoder: {_encoders}")
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ValueError(f"{who} is a model of type {config.model_type}, and transformers has no classifier of "
-                         f"text for it: {_encoders}")
+        raise ValueError(f"{who} is a model of type {config.model_type}, and transformers has no classifier "
+                         f"of text for it: {_encoders}")
     return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
 
 _encoders = ('lad_nb distils encoders, layer by layer. Take one such as BERT, RoBERTa, ELECTRA, MPNet, '
