@@ -15,6 +15,7 @@ from lad_nb.models import load_tokenizer, weights_hash
 from lad_nb.recipes import FAST, Recipe
 from lad_nb.similarity import dev_losses, layer_cka, teacher_agreement
 from lad_nb.stepper import Stepper
+from lad_nb.study import Study, run_study
 
 SHORT = FEW | dict(batch_size=8, max_seq_len=48)
 
@@ -141,3 +142,16 @@ def test_states_of_two_tokenizers_are_not_compared(root):
     folder = run(student(root, 'states', 'MPNet', 'kd'), root, progress=False)
     for look in (lambda: layer_cka(folder), lambda: next(forward_batches(open_run(folder)))):
         with pytest.raises(ValueError, match='Compare their answers'): look()
+
+
+def test_a_study_of_another_family(root, tmp_path):
+    """Its run folders carry the family that is found, and nothing is trained twice."""
+    few = SHORT | dict(ptrain_ver=str(root/'MPNet'), data_dir=str(root/'rows'), total_step=2, ckpt_step=2)
+    study = Study('small', base=Recipe('small', num_hidden_layers=2, **few),
+                  teachers=dict(toy=Recipe('teacher', method='fine_tune', **few)), tasks=dict(toy={}),
+                  methods={'LAD': dict(method='lad')}, seeds=(1,))
+    table, said = run_study(study, tmp_path, tmp_path, say=lambda line: None), []
+    assert sorted(p.name for p in tmp_path.glob('*_toy')) == ['small_LAD_1_mpnet_toy', 'teacher_mpnet_toy']
+    again = run_study(study, tmp_path, tmp_path, say=said.append)
+    assert again.value.tolist() == table.value.tolist()
+    assert said == ['small, run: 0 of 1 runs to do, 1 at a time']
