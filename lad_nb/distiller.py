@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
+from .data import teacher_part
 from .gates import Aggregates, GateChain, gate_amounts, part_amounts, to_shares, widen
 from .targets import Gate, Source, States
 from .mappings import Mapping
@@ -311,16 +312,17 @@ def inputs_of(
 # %% ../nbs/24_distiller.ipynb #93dbede1
 def teachers_batch(
     batch: dict,    # what the student reads
-    teachers: dict, # teacher_input_ids, ..; {} where both read the same
+    teachers: dict, # teacher_input_ids, ..; None, or absent, where both read the same
     own_ids: bool,  # whether the teacher reads its own
 ) -> dict:
     "What the teacher reads of a batch; `ValueError` where its own ids are missing, or are not wanted"
+    teachers = {k: v for k, v in teachers.items() if v is not None}
     if own_ids != bool(teachers):
         raise ValueError("The teacher has a tokenizer of its own, and this batch has no teacher_input_ids: "
                          "add them (data.add_teacher_ids)." if own_ids else
                          f"This batch has {', '.join(teachers)}, which nobody reads: make the Distiller with "
                          "own_ids=True.")
-    return {k.removeprefix('teacher_'): v for k, v in teachers.items()} if own_ids else batch
+    return teacher_part(teachers) if own_ids else batch
 
 # %% ../nbs/24_distiller.ipynb #717e79fa
 class FrozenTeacher(nn.Module):
@@ -399,12 +401,16 @@ class Distiller(SourceMeasures, FrozenTeacher):
         teacher_logits: Tensor | None=None, # (B, C), likewise
         output_states: bool=False,          # hand back every state as well
         tokens: Tensor | None=None,         # scalar: real tokens to divide by; see `losses.hidden_loss`
-        **teachers,                         # with own_ids: teacher_input_ids, ..; see `data.add_teacher_ids`
+        teacher_input_ids: Tensor | None=None, # (B, S of the teacher), with own_ids: `data.add_teacher_ids`
+        teacher_attention_mask: Tensor | None=None, # likewise
+        teacher_token_type_ids: Tensor | None=None, # likewise
     ) -> DistilOutput:
         "One batch through both models"
         batch = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         if self.teacher is not None and teacher_logits is None:
-            theirs = teachers_batch(batch, teachers, self.own_ids)
+            own = dict(teacher_input_ids=teacher_input_ids, teacher_attention_mask=teacher_attention_mask,
+                       teacher_token_type_ids=teacher_token_type_ids)
+            theirs = teachers_batch(batch, own, self.own_ids)
             states = output_states and not self.own_ids # its tokens are not the student's
             teacher_hidden, teacher_logits = self.ask_teacher(**theirs, output_states=states)
         wanted = output_states or self.needs_states
