@@ -358,6 +358,15 @@ class FrozenTeacher(nn.Module):
         hidden = [h.to(device) for h in out.hidden_states[1:]] if wanted else None
         return hidden, out.logits.to(device)
 
+    def ask_beside(self,
+        batch: dict,              # what the student reads
+        teachers: dict,           # as in `teachers_batch`
+        output_states: bool=False, # no states of a teacher with ids of its own: they belong to other tokens
+    ) -> tuple:                   # as `ask_teacher`
+        "The teacher's answer to a batch that a student reads as well"
+        theirs = teachers_batch(batch, teachers, self.own_ids)
+        return self.ask_teacher(**theirs, output_states=output_states and not self.own_ids)
+
 # %% ../nbs/24_distiller.ipynb #d93ce4f3
 def _labels_only(mapping, options):
     "The options of an objective without a teacher; `ValueError` where one is needed"
@@ -384,10 +393,10 @@ class Distiller(SourceMeasures, FrozenTeacher):
         else: name = 'kd'
         if mapping is None: mapping = Mapping(name, t.num_hidden_layers, s.num_hidden_layers)
         check_fit(s, t, mapping, own_ids)
-        options = dict(regression=s.problem_type == 'regression') | objective
-        match = Objective(mapping, t.hidden_size, s.hidden_size, **options)
+        objective = dict(regression=s.problem_type == 'regression') | objective
         super().__init__(teacher)
-        self.student, self.objective, self.own_ids = student, match, own_ids
+        self.student, self.own_ids = student, own_ids
+        self.objective = Objective(mapping, t.hidden_size, s.hidden_size, **objective)
 
     @property
     def needs_states(self) -> bool: return bool(self.mapping.pairs)
@@ -402,19 +411,16 @@ class Distiller(SourceMeasures, FrozenTeacher):
         output_states: bool=False,          # hand back every state as well
         tokens: Tensor | None=None,         # scalar: real tokens to divide by; see `losses.hidden_loss`
         teacher_input_ids: Tensor | None=None, # (B, S of the teacher), with own_ids: `data.add_teacher_ids`
-        teacher_attention_mask: Tensor | None=None, # likewise
-        teacher_token_type_ids: Tensor | None=None, # likewise
+        teacher_attention_mask: Tensor | None=None, teacher_token_type_ids: Tensor | None=None, # likewise
     ) -> DistilOutput:
         "One batch through both models"
         batch = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         if self.teacher is not None and teacher_logits is None:
             own = dict(teacher_input_ids=teacher_input_ids, teacher_attention_mask=teacher_attention_mask,
                        teacher_token_type_ids=teacher_token_type_ids)
-            theirs = teachers_batch(batch, own, self.own_ids)
-            states = output_states and not self.own_ids # its tokens are not the student's
-            teacher_hidden, teacher_logits = self.ask_teacher(**theirs, output_states=states)
-        wanted = output_states or self.needs_states
-        out = self.student(**inputs_of(self.student, batch), output_hidden_states=wanted)
+            teacher_hidden, teacher_logits = self.ask_beside(batch, own, output_states)
+        out = self.student(**inputs_of(self.student, batch),
+                           output_hidden_states=output_states or self.needs_states)
         student_hidden = [] if out.hidden_states is None else out.hidden_states[1:]
         return self.objective(student_hidden, out.logits, teacher_hidden, teacher_logits, labels,
                               attention_mask, output_states, tokens)
