@@ -206,7 +206,7 @@ def _fresh(run):
     widths = distiller.teacher.config.hidden_size, distiller.student.config.hidden_size
     with torch.random.fork_rng(devices=[]): # the CPU's generator alone: that is where gates are made
         torch.default_generator.manual_seed(recipe.seed)
-        return Objective(distiller.mapping, *widths, recipe.norm, recipe.max_seq_len)
+        return Objective(distiller.mapping, *widths, recipe.norm, recipe.max_seq_len, match=recipe.match)
 
 # %% ../nbs/50_analysis.ipynb #80053143
 def _chains(folder, run, steps, device_id):
@@ -379,7 +379,7 @@ def gate_openness(
 # %% ../nbs/50_analysis.ipynb #cb9e05e2
 @torch.inference_mode()
 def _source_shares(run, what, by, **which):
-    "{student layer: (N, 1, T + 1)} shares per example of what each student layer learns from"
+    "{pair: (N, 1, T + 1)} shares per example of what each student layer learns from"
     mapping, found = run[0].mapping, defaultdict(list)
     if not mapping.pairs: return {}
     alone = all(isinstance(p.source, (Gate, Layer)) for p in mapping.pairs) # no need to ask the student
@@ -397,7 +397,7 @@ def layer_map(
     what: str='content',   # as in `gate_shares`; an attention's mixing weights are its weights
     by: str='projection',  # as in `gate_shares`
     **which,               # split, data_dir, rows, batch_size, device_id, bad_rows: as in `gate_shares`
-) -> pd.DataFrame:         # student, then the columns of `gate_shares` but gate; attrs: method, T, M, on
+) -> pd.DataFrame: # student (a name of `Mapping.names`), then as `gate_shares`; attrs: method, T, M, on
     "The share of every teacher layer in what each student layer learns from"
     run, measure = open_run(folder, step), measure_name(what, by)
     mapping, found = run[0].mapping, _source_shares(run, what, by, **which)

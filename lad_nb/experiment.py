@@ -296,7 +296,8 @@ def distiller_of(
 ) -> Distiller:
     "Student, teacher and objective in one module"
     return Distiller(student, teacher, None if teacher is None else mapping, own_ids, norm=recipe.norm,
-                     seq_len=recipe.max_seq_len, mask_padding=recipe.mask_padding, **recipe.loss)
+                     seq_len=recipe.max_seq_len, mask_padding=recipe.mask_padding, match=recipe.match,
+                     target_norm=recipe.target_norm, **recipe.loss)
 
 # %% ../nbs/47_experiment.ipynb #90c21105
 def reader_of(
@@ -394,7 +395,13 @@ def open_run(
         distiller, tokenizer = join_teacher(student, tokenizer, teacher_of(folder, said), recipe.task, make)
     else: distiller = distiller_of(recipe, student, None, None)
     load_gates(distiller.objective, place)
+    distiller.objective.redraw(recipe.seed, _last_epoch(said, recipe, step))
     return distiller.eval(), tokenizer, recipe
+
+def _last_epoch(said, recipe, step):
+    "The epoch, from 0, of the last update before a step: what was drawn then is drawn again"
+    rows = (said.get('rows') or {}).get('count', 0)
+    return ((step or recipe.total_step) - 1)//max(1, rows//recipe.batch_size)
 
 # %% ../nbs/47_experiment.ipynb #edef9b41
 def rerun(

@@ -183,7 +183,8 @@ BELOW_ZERO = -1e-9 # what rounding in float64 may leave below zero
 def _term_names(mapping):
     "What the parts of a loss are called, in the order of `LossParts`"
     return ['loss', 'hard term', 'soft term',
-            *(f'hidden term of student layer {p.student} (from {p.source})' for p in mapping.pairs)]
+            *(f'hidden term of student layer {p.student} (from {p.source})' for p in mapping.pairs),
+            *['task term of the sources']*(mapping.trained_by == 'task')]
 
 # %% ../nbs/42_health.ipynb #4deb888e
 def _impossible(state, terms):

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['methods', 'Pair', 'Mapping', 'mapping_edges', 'mapping_to_dict', 'mapping_from_dict', 'lad', 'lad_no', 'partial_lad',
-           'bert_pkd', 'alp_kd', 'layer_mean', 'kd', 'make_mapping']
+           'bert_pkd', 'alp_kd', 'scalar_mix', 'last_layer', 'random_layers', 'layer_mean', 'kd', 'make_mapping']
 
 # %% ../nbs/22_mappings.ipynb #3edb7751
 import inspect
+from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import pandas as pd
 
-from .targets import Attention, Gate, Layer, Mean, Source
+from .targets import Attention, Drawn, Gate, Layer, Mean, Mix, Source
 
 # %% ../nbs/22_mappings.ipynb #6d776aaf
 @dataclass(frozen=True)
@@ -30,23 +31,39 @@ def _check_indices(what, indices, last):
             raise ValueError(f"There is no {what} {k}: {what}s are counted from 1 to {last}.")
 
 # %% ../nbs/22_mappings.ipynb #49971cf0
-def _check_students(students, M):
-    "`ValueError` unless student layers are in range and named once"
-    _check_indices('student layer', students, M)
-    if doubled := {m for m in students if students.count(m) > 1}:
-        raise ValueError(f"Student layer {min(doubled)} is named twice in {students}. A student layer learns "
-                         f"from one source; each of 1 to {M} may be named once.")
+def _check_pairs(pairs, M):
+    "`ValueError` unless student layers are in range and no pair is there twice"
+    _check_indices('student layer', [p.student for p in pairs], M)
+    for pair, times in Counter(pairs).items():
+        if times > 1:
+            raise ValueError(f"Student layer {pair.student} is to learn from {pair.source} twice. A student "
+                             f"layer (1 to {M}) may have several sources; name each once.")
 
 # %% ../nbs/22_mappings.ipynb #c40c9d12
 def _check_source(source, T, gates):
     "`ValueError` for a source that reads a layer or a gate that is not there"
-    if isinstance(source, (Layer, Mean)): _check_indices('teacher layer', [source.k], T)
+    if isinstance(source, (Layer, Mean, Mix)): _check_indices('teacher layer', [source.k], T)
+    if isinstance(source, Drawn):
+        _check_indices('number of drawn teacher layers', [source.of], T)
+        _check_indices('drawn layer', [source.place], source.of)
     if isinstance(source, Attention) and source.last is not None:
         _check_indices('teacher layer', [source.last], T)
     if isinstance(source, Gate):
         _check_indices('gate', [source.k], T)
         if source.k not in gates:
             raise ValueError(f"Gate {source.k} is not in the chain; its gates are {gates}.")
+
+# %% ../nbs/22_mappings.ipynb #52e084c0
+def _check_trained_by(m):
+    "`ValueError` for a task that would have nothing to train, or draws that do not go together"
+    if m.trained_by not in ('hidden', 'task'):
+        raise ValueError(f"trained_by is {m.trained_by!r}; it is 'hidden' or 'task'.")
+    if m.trained_by == 'task' and not any(m.learns):
+        raise ValueError(f"trained_by='task' trains what sources learn, and those of {m.name} learn nothing. "
+                         "Take gates or a Mix as sources, or trained_by='hidden'.")
+    if len(m.draws) > 1:
+        raise ValueError(f"{m.name} draws {', '.join(map(str, m.draws))} teacher layers at once; all its "
+                         "Drawn sources share one draw, so give them one `of`.")
 
 # %% ../nbs/22_mappings.ipynb #b8c77306
 def _check_mapping(m):
@@ -59,8 +76,20 @@ def _check_mapping(m):
         raise ValueError(f"A segment of the chain is empty: {m.segments}.")
     if m.on not in ('hidden', 'cls'):
         raise ValueError(f"on is {m.on!r}; it is 'hidden' or 'cls'.")
-    _check_students([p.student for p in m.pairs], m.M)
+    _check_pairs(m.pairs, m.M)
     for p in m.pairs: _check_source(p.source, m.T, m.gates)
+    _check_trained_by(m)
+
+# %% ../nbs/22_mappings.ipynb #51f124e1
+def _pair_names(students):
+    "Student layers, numbered by source where one has several"
+    if len(set(students)) == len(students): return list(students)
+    seen, several = Counter(), Counter(students)
+    names = []
+    for m in students:
+        seen[m] += 1
+        names.append(f'{m}.{seen[m]}' if several[m] > 1 else str(m))
+    return names
 
 # %% ../nbs/22_mappings.ipynb #6574f03e
 @dataclass(frozen=True)
@@ -72,6 +101,7 @@ class Mapping:
     pairs: tuple = ()    # of `Pair`
     segments: tuple = () # what the gates are fed; see `GateChain`
     on: str = 'hidden'   # the hidden loss is on all tokens ('hidden') or on [CLS] alone ('cls')
+    trained_by: str = 'hidden' # what trains gates and mixes: the hidden loss, or the 'task'; see below
 
     def __post_init__(self): _check_mapping(self)
 
@@ -87,16 +117,37 @@ class Mapping:
     def reads(self) -> set: return set(self.gates) | self.reads_directly # teacher layers
 
     @property
-    def init_layers(self) -> dict: return {p.student: p.source.index for p in self.pairs if p.source.index}
+    def draws(self) -> list: # how many layers are drawn: one number, or none
+        return sorted({p.source.of for p in self.pairs if isinstance(p.source, Drawn)})
+
+    @property
+    def names(self) -> list: # of the pairs: the student layer; '2.1', '2.2' where one has several sources
+        return _pair_names([p.student for p in self.pairs])
+
+    @property
+    def init_layers(self) -> dict: # of several sources, the first
+        return {p.student: p.source.index for p in reversed(self.pairs) if p.source.index}
+
+    def student_of(self, name) -> int: # the student layer of a pair
+        return dict(zip(self.names, self.pairs))[name].student
+
+    @property
+    def parts(self) -> list: # of the loss, beside hard and soft: 'hidden_1', .., and 'task' if it trains sources
+        return [f'hidden_{name}' for name in self.names] + ['task']*(self.trained_by == 'task')
+
+    @cached_property
+    def learns(self) -> list: # whether each pair's source has weights
+        return [isinstance(p.source, Gate) or p.source.make(1) is not None for p in self.pairs]
 
     @property
     def named_layers(self) -> dict: # {student layer: layer} that the paper's scripts copy
         kind = Gate if self.segments else Layer # of the gates, or of the layers where there are no gates
-        return {p.student: p.source.k for p in self.pairs if isinstance(p.source, kind)}
+        return {p.student: p.source.k for p in reversed(self.pairs) if isinstance(p.source, kind)}
 
     def __str__(self):
         what = ', '.join(f'{p.student} <- {p.source}' for p in self.pairs) or 'no hidden loss'
-        return f"{self.name} ({self.T} -> {self.M}): {what}{' on [CLS]' if self.on == 'cls' else ''}"
+        how = ' on [CLS]'*(self.on == 'cls') + ', sources trained by the task'*(self.trained_by == 'task')
+        return f'{self.name} ({self.T} -> {self.M}): {what}{how}'
 
 # %% ../nbs/22_mappings.ipynb #16de4c56
 def mapping_edges(
@@ -120,8 +171,9 @@ def mapping_to_dict(
 ) -> dict: # plain lists, strings and numbers
     "What a run folder keeps of a mapping"
     about = dict(name=mapping.name, T=mapping.T, M=mapping.M, on=mapping.on)
-    sources = {p.student: dict(kind=type(p.source).__name__, **asdict(p.source)) for p in mapping.pairs}
-    pairs = [dict(student=m, source=source) for m, source in sources.items()]
+    if mapping.trained_by != 'hidden': about |= dict(trained_by=mapping.trained_by) # it came later
+    sources = [dict(kind=type(p.source).__name__, **asdict(p.source)) for p in mapping.pairs]
+    pairs = [dict(student=p.student, source=source) for p, source in zip(mapping.pairs, sources)]
     return about | dict(segments=[list(s) for s in mapping.segments], pairs=pairs)
 
 # %% ../nbs/22_mappings.ipynb #9e138fe3
@@ -141,7 +193,8 @@ def mapping_from_dict(
         if not all(isinstance(d[k], (list, tuple)) for k in ('pairs', 'segments')):
             raise TypeError('pairs and segments are lists')
         pairs = tuple(Pair(p['student'], _source_from_dict(d['name'], **p['source'])) for p in d['pairs'])
-        return Mapping(d['name'], d['T'], d['M'], pairs, tuple(map(tuple, d['segments'])), d['on'])
+        segments, trained_by = tuple(map(tuple, d['segments'])), d.get('trained_by', 'hidden')
+        return Mapping(d['name'], d['T'], d['M'], pairs, segments, d['on'], trained_by)
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"This is not a saved mapping ({type(e).__name__}: {e}): {str(d):.80}. "
                          "What `mapping_to_dict` gives was expected.") from None
@@ -181,11 +234,13 @@ def lad(
     student_indices: list | None=None, # the student layers that learn from them, in the same order
     on: str='hidden',                  # 'cls': the hidden loss on [CLS] alone (Section 5.2)
     reverse: bool=False,               # layers enter from T down to 1; gate k aggregates layers T..k
+    trained_by: str='hidden',          # 'task': gates are trained by the task; see `scalar_mix`
     name: str='lad',
 ) -> Mapping:
     "Gates aggregate all layers; student m learns from gate m*skip"
     chain = tuple(range(T, 0, -1)) if reverse else tuple(range(1, T + 1))
-    return Mapping(name, T, M, _pairs(T, M, Gate, 'gate', gate_indices, student_indices), (chain,), on)
+    pairs = _pairs(T, M, Gate, 'gate', gate_indices, student_indices)
+    return Mapping(name, T, M, pairs, (chain,), on, trained_by)
 
 # %% ../nbs/22_mappings.ipynb #81c475d0
 def lad_no(
@@ -276,6 +331,35 @@ def alp_kd(
     last = {m: m*_skip(T, M) if own else None for m in range(1, M + 1)}
     return Mapping(name, T, M, tuple(Pair(m, Attention(by, last[m])) for m in last), on=on)
 
+# %% ../nbs/22_mappings.ipynb #7d45246f
+def scalar_mix(
+    T: int,                   # teacher layers
+    M: int,                   # student layers
+    trained_by: str='hidden', # 'task': the teacher's head reads each mix, and the student's loss trains none
+    name: str='scalar_mix',
+) -> Mapping:
+    "Student m learns from a scalar mix of layers 1..m*skip (Peters et al. 2018)"
+    return Mapping(name, T, M, _pairs(T, M, Mix, 'layer', None, None), trained_by=trained_by)
+
+# %% ../nbs/22_mappings.ipynb #c5ac7537
+def last_layer(
+    T: int, # teacher layers
+    M: int, # student layers
+    name: str='last_layer',
+) -> Mapping:
+    "The last student layer learns from the last teacher layer"
+    return Mapping(name, T, M, (Pair(M, Layer(T)),))
+
+# %% ../nbs/22_mappings.ipynb #5eea053f
+def random_layers(
+    T: int, # teacher layers
+    M: int, # student layers
+    name: str='random_layers',
+) -> Mapping:
+    "Student m learns from the m-th of M teacher layers that are drawn anew every epoch"
+    if M > T: raise ValueError(f"{M} layers cannot be drawn from a teacher of {T}: take M of at most {T}.")
+    return Mapping(name, T, M, tuple(Pair(m, Drawn(m, M)) for m in range(1, M + 1)))
+
 # %% ../nbs/22_mappings.ipynb #d7710c7a
 def layer_mean(
     T: int, # teacher layers
@@ -324,6 +408,11 @@ methods = dict(
     alp_kd_hidden_v2=partial(alp_kd, by='token', on='hidden', own=True, name='alp_kd_hidden_v2'),
     alp_kd_hidden_by_cls=partial(alp_kd, by='cls', on='hidden', name='alp_kd_hidden_by_cls'),
     layer_mean=layer_mean,
+    lad_by_task=partial(lad, trained_by='task', name='lad_by_task'),
+    scalar_mix=scalar_mix,
+    scalar_mix_by_task=partial(scalar_mix, trained_by='task', name='scalar_mix_by_task'),
+    last_layer=last_layer,
+    random_layers=random_layers,
     kd=kd,
 )
 

@@ -8,6 +8,7 @@ __all__ = ['PANEL_STYLE', 'tag', 'to_html', 'cards', 'styled_html', 'heat_html',
 
 # %% ../nbs/56_pages.ipynb #7e7a865b
 import xml.etree.ElementTree as ET
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np, pandas as pd
@@ -315,11 +316,13 @@ def _map_nodes(at, kind, indices):
 # %% ../nbs/56_pages.ipynb #b2cd70a6
 def _map_losses(at, mapping, parts, hardest):
     "The hidden loss of each pair, beside its student layer"
-    losses = []
-    for m in (p.student for p in mapping.pairs):
-        worst = m == hardest
-        text = f"{parts[f'hidden_{m}']:.3g}{' ◂ worst' if worst else ''}"
-        losses.append(_label(at.x('student') + 14, f"{at.y('student', m) + 3.5:.1f}", text,
+    losses, below = [], Counter() # several sources of one layer: one below the other
+    for name, pair in zip(mapping.names, mapping.pairs):
+        worst = name == hardest
+        y = at.y('student', pair.student) + 3.5 + 10*below[pair.student]
+        below[pair.student] += 1
+        text = f"{parts[f'hidden_{name}']:.3g}{' ◂ worst' if worst else ''}"
+        losses.append(_label(at.x('student') + 14, f"{y:.1f}", text,
                              style='font-weight:bold' if worst else ''))
     return losses
 
@@ -327,11 +330,12 @@ def _map_losses(at, mapping, parts, hardest):
 def mapping_html(
     mapping: Mapping,
     parts: dict | None=None,  # of a record: hidden losses
-    hardest: int | None=None, # student layer to mark
+    hardest: int | str | None=None, # pair to mark: see `Mapping.names`
 ) -> str:
     "Who learns from whom, with every pair's hidden loss; the pair that is matched worst is marked"
     at, edges = _Map(mapping), mapping_edges(mapping)
-    drawn = _map_edges(at, edges, hardest, many=len(edges) > 3*mapping.T + mapping.M)
+    marked = None if hardest is None else mapping.student_of(hardest)
+    drawn = _map_edges(at, edges, marked, many=len(edges) > 3*mapping.T + mapping.M)
     drawn += _map_nodes(at, 'layer', range(1, mapping.T + 1)) + _map_nodes(at, 'gate', sorted(mapping.gates))
     drawn += _map_nodes(at, 'student', range(1, mapping.M + 1))
     if parts: drawn += _map_losses(at, mapping, parts, hardest)

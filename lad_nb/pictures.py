@@ -70,7 +70,7 @@ def readers_of(
     return {p.source.k: p.student for p in mapping.pairs if isinstance(p.source, Gate)}
 
 # %% ../nbs/55_pictures.ipynb #0bff164f
-PART_COLOURS = dict(loss='0.35', hard='#0072B2', soft='#009E73', hidden='#D55E00')
+PART_COLOURS = dict(loss='0.35', hard='#0072B2', soft='#009E73', hidden='#D55E00', task='#CC79A7')
 _dashes = [('-', ''), ('--', '6 3'), (':', '2 2'), ('-.', '7 2 2 2')] # matplotlib's name, and SVG's
 
 # %% ../nbs/55_pictures.ipynb #c9ebe2fb
@@ -78,8 +78,9 @@ def part_look(
     part: str, # 'loss', 'hard', 'soft', 'hidden_1', ..
 ) -> tuple:    # colour, and dashes for matplotlib and for SVG
     "What the line of a loss part looks like"
-    m = int(part.removeprefix('hidden_')) if part.startswith('hidden_') else 1
-    return PART_COLOURS[part.split('_')[0]], *_dashes[(m - 1) % 4]
+    kind, _, name = part.partition('_')
+    m = int(name.partition('.')[0]) if kind == 'hidden' else 1
+    return PART_COLOURS[kind], *_dashes[(m - 1) % 4]
 
 # %% ../nbs/55_pictures.ipynb #8eaf6822
 def terms_of(
@@ -167,7 +168,7 @@ def _draw_worst(ax, mapping, record):
         circle = dict(ms=17, mfc='none', mec=PART_COLOURS['hidden'], mew=1.5)
     plot_mapping(mapping_edges(mapping), ax, title)
     ax.title.set_size(8)
-    if worst: ax.plot(2, worst*mapping.T/mapping.M, 'o', **circle)
+    if worst: ax.plot(2, mapping.student_of(worst)*mapping.T/mapping.M, 'o', **circle)
 
 # %% ../nbs/55_pictures.ipynb #c3fa35f9
 @matplotlib.rc_context(_small_type)

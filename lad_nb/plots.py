@@ -294,15 +294,15 @@ def plot_probes(
     return axes
 
 # %% ../nbs/53_plots.ipynb #bc6315b1
-_part_titles = dict(loss='loss (sum)', hard='hard', soft='soft', hidden='hidden, by layer')
+_part_titles = dict(loss='loss (sum)', hard='hard', soft='soft', hidden='hidden, by layer', task='task')
 
 # %% ../nbs/53_plots.ipynb #53e214ef
 def _plot_hidden(ax, parts, value):
     "The hidden losses of all student layers"
-    layer = parts.part.str.removeprefix('hidden_').astype(int)
+    layer = parts.part.str.removeprefix('hidden_')
     colours = sns.color_palette('viridis', layer.nunique())
-    for m, colour in zip(sorted(layer.unique()), colours):
-        ax.plot('step', value, data=parts[layer == m], color=colour, label=str(m))
+    for m, colour in zip(sorted(layer.unique(), key=float), colours):
+        ax.plot('step', value, data=parts[layer == m], color=colour, label=m)
     if len(colours) > 1:
         ax.legend(ncols=-(-len(colours)//3), labelspacing=.15, handlelength=1, columnspacing=.8)
 

@@ -19,6 +19,7 @@ from .values import (
 from .settings import Settings, setting, with_help
 from .tasks import get_task, splits
 from .mappings import Mapping, make_mapping, methods
+from .losses import matches
 from .distiller import check_weights
 
 # %% ../nbs/45_recipes.ipynb #197df945
@@ -140,6 +141,11 @@ class _Loss(Settings):
     hard_weight: float = student_setting(0.3, 'of the hard loss', WEIGHT)
     mu: float = student_setting(500.0,
         'of the hidden losses, mu/M each', WEIGHT, flags=('hidden_mse_weight',))
+    match: str = student_setting('mse',
+        'how a student layer is compared with its source: mse, cosine, cka, relation', always_said=False)
+    target_norm: str = student_setting('none',
+        'layer: norm student layer and source over H before they are compared, so that every source asks '
+        'for the same; none is the paper\'s', ('none', 'layer'), always_said=False)
 
 # %% ../nbs/45_recipes.ipynb #5ac21f3e
 @dataclass(frozen=True, repr=False)
@@ -323,6 +329,8 @@ def check_names(recipe):
     if recipe.distils and recipe.method.replace('-', '_') not in methods:
         there = ', '.join(['fine_tune', 'undistilled', *methods])
         raise ValueError(f"There is no method {recipe.method!r}. Methods are: {there}.")
+    if recipe.match not in matches:
+        raise ValueError(f"There is no match {recipe.match!r}. Matches are: {', '.join(matches)}.")
     for name in ('model', 'tmodel'):
         if (kind := getattr(recipe, name)) not in CONFIG_MAPPING:
             raise ValueError(f"{name} is {kind!r}, which transformers does not know. Leave it out: it is "

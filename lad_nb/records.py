@@ -164,9 +164,9 @@ class StepRecord(StepNumbers):
         return {part: weight*self.parts[part] for part, weight in self.weights.items()}
 
     @property
-    def hardest(self) -> int | None: # a student layer
-        "The student layer whose hidden loss is the largest: the one that the update works on most"
-        hidden = {p.student: self.parts[f'hidden_{p.student}'] for p in self.mapping.pairs}
+    def hardest(self) -> int | str | None: # a pair: its student layer, see `Mapping.names`
+        "The pair whose hidden loss is the largest: the one that the update works on most"
+        hidden = {name: self.parts[f'hidden_{name}'] for name in self.mapping.names}
         return max(hidden, key=hidden.get, default=None)
 
     @property
@@ -348,12 +348,9 @@ class PassReader(TrainerCallback):
 # %% ../nbs/57_records.ipynb #83dfbd38
 def _loss_fields(distiller, parts):
     "Mean of every part over the micro-batches, and its weight in the loss"
-    objective, pairs = distiller.objective, [f'hidden_{p.student}' for p in distiller.mapping.pairs]
     means = (parts.sums/parts.count).float().tolist()
-    weights = dict(hard=objective.hard_weight, soft=objective.soft_weight)
-    weights |= {part: objective.mu/distiller.mapping.M for part in pairs}
-    return dict(parts=dict(zip(['loss', 'hard', 'soft', *pairs], means)),
-                weights={part: w for part, w in weights.items() if w})
+    return dict(parts=dict(zip(['loss', 'hard', 'soft', *distiller.mapping.parts], means)),
+                weights={part: w for part, w in distiller.objective.weights.items() if w})
 
 # %% ../nbs/57_records.ipynb #8724b1ef
 def _batch_fields(micro):

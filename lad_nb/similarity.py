@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from .durable import remove_folder, write_text
 from .tasks import get_task, splits_named
+from .mappings import mapping_from_dict
 from .losses import has_label, hard_loss, soft_loss
 from .distiller import DistilOutput, check_weights
 from .models import load_tokenizer
@@ -356,13 +357,13 @@ def dev_losses(
 
 # %% ../nbs/51_similarity.ipynb #44512c23
 def _weights_of_parts(
-    recipe: dict, # of a recipe.json
-) -> dict:        # {part: weight}
+    said: dict, # a recipe.json
+) -> dict:      # {part: weight}
     "What each part of a loss is multiplied by before they are added up"
+    recipe, mapping = said['recipe'], mapping_from_dict(said['mapping'])
     if recipe['method'] in ('fine_tune', 'undistilled'): return dict(loss=1., hard=1.)
-    M = recipe['num_hidden_layers']
-    hidden = {f'hidden_{m}': recipe['mu']/M for m in range(1, M + 1)}
-    return dict(loss=1., hard=recipe['hard_weight'], soft=recipe['soft_weight']) | hidden
+    beside = {part: 1. if part == 'task' else recipe['mu']/mapping.M for part in mapping.parts}
+    return dict(loss=1., hard=recipe['hard_weight'], soft=recipe['soft_weight']) | beside
 
 # %% ../nbs/51_similarity.ipynb #3e1f8b9a
 def loss_parts(
@@ -371,10 +372,10 @@ def loss_parts(
 ) -> pd.DataFrame:      # step, part ('loss', 'hard', 'soft', 'hidden_1', ..), value, weighted
     "The loss and its parts over the training of a run, as they are and as they enter the sum"
     if smooth < 1: raise ValueError(f"smooth is {smooth}; at least 1 log line was expected.")
-    weights = _weights_of_parts(run_description(folder)['recipe'])
+    weights = _weights_of_parts(run_description(folder))
     log = pd.DataFrame(read_log(folder))
     if log.empty: raise ValueError(f"The log of {folder} is empty: its training never reached a log line.")
-    parts = log.set_index('step').filter(regex=r'^(loss|hard|soft|hidden_\d+)$')
+    parts = log.set_index('step').filter(regex=r'^(loss|hard|soft|hidden_[\d.]+|task)$')
     table = parts.rolling(smooth, min_periods=1).mean().reset_index()
     table = table.melt('step', var_name='part', value_name='value')
     return table.assign(weighted=table.value*table.part.map(lambda part: weights.get(part, 0.)))

@@ -101,12 +101,13 @@ def batch_sampler(
 
 # %% ../nbs/43_updates.ipynb #a6885adb
 class EpochOrder(TrainerCallback):
-    "Tells a sampler its epoch, wherever accelerate has wrapped it, and counts epochs as passes over the rows"
+    "Tells sampler and sources their epoch, wherever accelerate has wrapped them; counts passes over the rows"
     def __init__(self): self.sampler = None # plain random order knows no epochs
 
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        per_epoch = len(train_dataloader)//args.gradient_accumulation_steps # updates
-        if self.sampler is not None: self.sampler.set_epoch(state.global_step//per_epoch)
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, model=None, **kwargs):
+        epoch = state.global_step//(len(train_dataloader)//args.gradient_accumulation_steps)
+        if self.sampler is not None: self.sampler.set_epoch(epoch)
+        if isinstance(model, Distiller): model.objective.redraw(args.data_seed, epoch)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if 'epoch' in (logs or {}): logs['epoch'] *= getattr(self.sampler, 'passes', 1)
@@ -169,7 +170,7 @@ class LossParts(TrainerCallback, ExportableState):
 
     def add(self, out: DistilOutput):
         "One micro-batch"
-        parts = torch.cat([torch.stack([out.loss, out.hard, out.soft]), out.hidden]).detach().double()
+        parts = out.parts()
         self.sums = parts if self.sums is None else self.sums.to(parts.device) + parts
         self.count += 1
         self.newest.append(parts)
@@ -183,8 +184,7 @@ class LossParts(TrainerCallback, ExportableState):
         if not self.count: return {}
         means = accelerator.gather((self.sums/self.count).float().unsqueeze(0)).mean(0).tolist()
         self.sums, self.count = None, 0
-        names = ['loss', 'hard', 'soft', *(f'hidden_{p.student}' for p in mapping.pairs)]
-        return dict(zip(names, means)) | self._counted(accelerator)
+        return dict(zip(['loss', 'hard', 'soft', *mapping.parts], means)) | self._counted(accelerator)
 
     def _counted(self, accelerator):
         if self.unlabelled is None: return {}
