@@ -67,9 +67,9 @@ class _Student(Settings):
     num_attention_heads: int | None = student_setting(None, 'its attention heads', SIZE)
     type_vocab_size: int | None = student_setting(None, 'its segment types', SIZE)
     student_init: str | dict | None = student_setting(None,
-        'encoder layers that the student starts from: even, first, or paired: those of named sources '
-        'alone, others random; with explicit indices, of its own sources, others even',
-        ('even', 'first', 'paired'), pairs=True)
+        'encoder layers that the student starts from: even, first, random: none, or paired: those of named '
+        'sources alone, others random; with explicit indices, of its own sources, others even',
+        ('even', 'first', 'random', 'paired'), pairs=True)
     init_from: str = student_setting('pretrained',
         'the encoder that the student is cut from: pretrained or teacher', ('pretrained', 'teacher'))
     copy_embeddings: bool = student_setting(True,
@@ -289,7 +289,7 @@ def check_layers_given(recipe):
 def student_start(
     recipe: Recipe,          # its student_init and indices
     mapping: Mapping | None, # what each student layer learns from; None without a teacher
-):                           # 'even', 'first', or {student layer: encoder layer, or None: random}
+):                           # 'even', 'first', 'random', or {student layer: encoder layer, or None: random}
     "Where the student's layers start: with explicit indices at their sources, if nothing else is said"
     if recipe.student_init == 'paired': return _paired_start(recipe, mapping)
     if recipe.student_init: return recipe.student_init

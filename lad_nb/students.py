@@ -17,9 +17,9 @@ from .encoders import classifier_class, dropout_settings, find_layers, head_sett
 # %% ../nbs/32_students.ipynb #e82a4642
 def _check_init(init, T, M):
     "`ValueError` for a choice of layers that these two models cannot have"
-    if isinstance(init, str) and init not in ('even', 'first'):
+    if isinstance(init, str) and init not in ('even', 'first', 'random'):
         raise ValueError(f"student_init is {init!r}; "
-                         "it is 'even', 'first', or pairs student layer: encoder layer.")
+                         "it is 'even', 'first', 'random', or pairs student layer: encoder layer.")
     if init == 'even' and T % M:
         raise ValueError(f"student_init 'even' needs an M that divides the encoder's {T} layers; M is {M}. "
                          "Take 'first', or name pairs.")
@@ -33,13 +33,14 @@ def _check_init(init, T, M):
 
 # %% ../nbs/32_students.ipynb #20e85e5e
 def init_layers(
-    init: str | dict, # 'even', 'first', or {student layer: encoder layer, or None: random}
+    init: str | dict, # 'even', 'first', 'random', or {student layer: encoder layer, or None: random}
     T: int,           # encoder layers
     M: int,           # student layers
 ) -> dict:            # {student layer: encoder layer or None}, for all M; those left out are spread evenly
     "Where each student layer starts from"
     _check_init(init, T, M)
     if init == 'first': return {m: m for m in range(1, M + 1)}
+    if init == 'random': return dict.fromkeys(range(1, M + 1))
     named = {} if init == 'even' else dict(init)
     return {m: named.get(m, max(1, round(m*T/M))) for m in range(1, M + 1)}
 

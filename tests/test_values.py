@@ -140,7 +140,7 @@ TYPED = [('--lr ٣', "'٣' is not a number"), ('--lr 1_0', "'1_0' is not a numbe
          ('--batch_size 1_6', "'1_6' is not a whole number"), ('--seed 1.0', "'1.0' is not a whole number"),
          ('--lr ' + '9'*400, 'lr is inf'), ('--batch_size ' + '9'*400, 'is not a whole number'),
          ('--fast --faithful', '--fast and --faithful contradict'),
-         ('--student_init 1:x', "'even', 'first', 'paired', pairs")]
+         ('--student_init 1:x', "'even', 'first', 'random', 'paired', pairs")]
 
 
 @pytest.mark.parametrize('flags, says', TYPED, ids=[f[:20] for f, _ in TYPED])
