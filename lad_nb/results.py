@@ -9,7 +9,7 @@ __all__ = ['anywhere', 'SNAPSHOTS', 'run_key', 'safe_name', 'read_results', 'lin
 
 # %% ../nbs/61_results.ipynb #96ae6f50
 import base64, json, os, platform, zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from datasets import Dataset
 from filelock import FileLock
 
 from .durable import append_line
-from .tasks import get_task
 from .data import encode, load_task
 from .unseen import unseen_rows
 from .mappings import mapping_from_dict
@@ -136,7 +135,7 @@ def held_out_rows(
                       recipe.bad_rows)
     return drawn.select(range(size, size + rows))
 
-# %% ../nbs/61_results.ipynb #cfe10177
+# %% ../nbs/61_results.ipynb #85c0f23d
 def further_rows(
     recipe: Recipe,
     draws: tuple, # of (train_size, sample_seed): all that the runs and their teachers train on
@@ -157,7 +156,7 @@ def _score_rows(recipe, model, tokenizer, rows, name, answers):
     answers[name] = rows, predict(model, data, tokenizer, device_id=recipe.device_id)
     return score(recipe.task, answers[name][1], np.array(data['labels']))
 
-# %% ../nbs/61_results.ipynb #dbf5f2f3
+# %% ../nbs/61_results.ipynb #1a521801
 def scores_of_run(
     folder: str | Path, # of a finished run
     recipe: Recipe,     # of that run
@@ -176,7 +175,7 @@ def scores_of_run(
     more = scored(further, 'unseen') if len(further) else {}
     return scores | {f'{metric}_unseen': value for metric, value in more.items()}
 
-# %% ../nbs/61_results.ipynb #130af1fb
+# %% ../nbs/61_results.ipynb #73408a27
 def _log_odds(logits):
     "(N, C - 1) whole numbers, and their unit: log-odds to class 0 with the same winner in each row"
     odds = logits[:, 1:].astype(np.float64) - logits[:, :1]
@@ -188,19 +187,19 @@ def _log_odds(logits):
 
 def _with_zero(odds): return np.pad(odds, ((0, 0), (1, 0)))
 
-# %% ../nbs/61_results.ipynb #192ffc14
+# %% ../nbs/61_results.ipynb #3b401107
 def _packed(values):
     "An array as text: low bytes first, then high ones, compressed"
     planes = np.ascontiguousarray(values).reshape(-1).view('u1').reshape(-1, values.itemsize).T
     return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
 
-# %% ../nbs/61_results.ipynb #c4d18d49
+# %% ../nbs/61_results.ipynb #f11fb84b
 def _unpacked(text, kind):
     "The array of such a text, one-dimensional"
     planes = np.frombuffer(zlib.decompress(base64.b64decode(text)), 'u1')
     return np.ascontiguousarray(planes.reshape(np.dtype(kind).itemsize, -1).T).view(kind).reshape(-1)
 
-# %% ../nbs/61_results.ipynb #93092e35
+# %% ../nbs/61_results.ipynb #5b40bcae
 def kept_answers(
     rows: Dataset,      # N, with their labels
     logits: np.ndarray, # (N, C), or (N, 1) values of a regression
@@ -208,18 +207,19 @@ def kept_answers(
     "Answers and labels, small enough to be kept; the class that each row got is exactly the same"
     kept, labels = dict(rows=rows_hash(rows)[:16], count=len(rows)), np.array(rows['label'])
     if logits.shape[1] == 1:
-        return kept | dict(unit=None, logits=_packed(logits.astype('<f4')), labels=_packed(labels.astype('<f8')))
+        values, given = _packed(logits.astype('<f4')), _packed(labels.astype('<f8'))
+        return kept | dict(unit=None, logits=values, labels=given)
     odds, unit = _log_odds(logits)
     return kept | dict(unit=unit, logits=_packed(odds), labels=_packed(labels.astype('<i2')))
 
-# %% ../nbs/61_results.ipynb #3ebd8b17
+# %% ../nbs/61_results.ipynb #cd64fe56
 def _kept(line, name):
     "What a line keeps of one scored set; `ValueError` says what it has"
     if name in (answers := line.get('answers') or {}): return answers[name]
     raise ValueError("The line of {study}, {stage}: {task}, {method}, seed {seed} ".format(**line)
                      + f"keeps no answers on {name!r}. It has: {', '.join(answers) or 'none'}.")
 
-# %% ../nbs/61_results.ipynb #ddf3e017
+# %% ../nbs/61_results.ipynb #bd825343
 def answers_of(
     line: dict,       # of a run
     name: str='dev',  # 'dev', 'unseen', 'held_out'; MNLI's 'dev_matched' and 'dev_mismatched'
@@ -235,9 +235,10 @@ def labels_of(
 ) -> np.ndarray:     # (N,) ids, or floats
     "The labels of the rows that a run was scored on"
     kept = _kept(line, name)
-    return _unpacked(kept['labels'], '<i2' if kept['unit'] else '<f8').astype(int if kept['unit'] else float)
+    if kept['unit'] is None: return _unpacked(kept['labels'], '<f8')
+    return _unpacked(kept['labels'], '<i2').astype(int)
 
-# %% ../nbs/61_results.ipynb #1df5c2ee
+# %% ../nbs/61_results.ipynb #f8ce407b
 def scores_again(
     line: dict,      # of a run
     name: str='dev', # as in `answers_of`
@@ -245,28 +246,30 @@ def scores_again(
     "The scores that follow from what is kept: those that the run reported"
     return score(line['task'], answers_of(line, name), labels_of(line, name))
 
-# %% ../nbs/61_results.ipynb #6f13e48c
+# %% ../nbs/61_results.ipynb #d97e9b49
 def _got(line):
     "{what: (what was asked for, what it was)}; None for what a line does not say"
     recipe, answers = line['recipe'], line.get('answers')
     def asked(*names): return tuple(recipe.get(name) for name in names)
-    scored = answers and ', '.join(f"{kept['count']} of {name} ({kept['rows']})" for name, kept in answers.items())
+    sets = [f"{a['count']} of {name} ({a['rows']})" for name, a in (answers or {}).items()]
+    scored = None if answers is None else ', '.join(sets) or 'none'
     return {'precision': (asked('precision'), line.get('precision')),
             'rows trained on': (asked('dataset', 'train_size', 'sample_seed'), line.get('trained_on')),
             'rows scored': (line['stage'], scored),
             'teacher': (asked('teacher', 'teacher_exp', 'tckpt'), line.get('teacher_sha256'))}
 
-# %% ../nbs/61_results.ipynb #50a6f60c
+# %% ../nbs/61_results.ipynb #e26bb2f4
 def _differing(task, what, groups):
     "How the lines differ, with the names of those that are fewest"
     groups = sorted(groups.items(), key=lambda group: -len(group[1]))
     counts = '; '.join(f"{got or 'not said'} in {len(lines)}" for got, lines in groups)
     few = [f"{l['method']} seed {l['seed']}" for l in min((g for got, g in groups if got), key=len)]
+    some = ', '.join(few[:4] + ['..']*(len(few) > 4))
     return (f"{task}: the {what} differ{'' if what.startswith('rows') else 's'} between runs that asked for "
-            f"the same: {counts} (these: {', '.join(few[:4])}{', ..' if len(few) > 4 else ''}). They can't be "
-            "compared: take those of one kind out of runs.jsonl, and the study does them again.")
+            f"the same: {counts} (these: {some}). They can't be compared: take those of one kind out "
+            "of runs.jsonl, and the study does them again.")
 
-# %% ../nbs/61_results.ipynb #2fbeea24
+# %% ../nbs/61_results.ipynb #587d8633
 def check_comparable(
     lines: list, # of one study and stage
 ):

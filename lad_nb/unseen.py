@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['new_texts', 'unseen_rows']
 
-# %% ../nbs/14_unseen.ipynb #e07d5339
+# %% ../nbs/14_unseen.ipynb #9835091e
 from collections import defaultdict
 from functools import lru_cache
 from itertools import chain
@@ -16,11 +16,11 @@ from datasets import Dataset
 from .tasks import Task, get_task, splits_named
 from .data import load_task
 
-# %% ../nbs/14_unseen.ipynb #07780801
+# %% ../nbs/14_unseen.ipynb #20b05c7f
 def _words(text): return tuple(text.lower().split())
 def _starts_at(part, words, at): return words[at:at + len(part)] == part
 
-# %% ../nbs/14_unseen.ipynb #5cfe0bb6
+# %% ../nbs/14_unseen.ipynb #2580de4c
 class _Parts:
     "Texts, and where each run of `k` words stands in them"
     def __init__(self, texts, k):
@@ -32,7 +32,7 @@ class _Parts:
         "Whether `k` words or more are a run of one of the texts"
         return any(_starts_at(words, other, at) for other, at in self.places.get(words[:self.k], ()))
 
-# %% ../nbs/14_unseen.ipynb #0841b374
+# %% ../nbs/14_unseen.ipynb #7806ce16
 class _Wholes:
     "Texts, known by their first `k` words, or by all words where they have fewer"
     def __init__(self, texts, k):
@@ -48,7 +48,7 @@ class _Wholes:
                    or any(_starts_at(w, words, at) for w in self.long.get(words[at:at + k], ()))
                    for at in range(len(words)))
 
-# %% ../nbs/14_unseen.ipynb #4bf6de39
+# %% ../nbs/14_unseen.ipynb #ce179143
 def new_texts(
     texts: list, # of str: candidates
     seen: list,  # of str: what they are compared with
@@ -60,7 +60,7 @@ def new_texts(
     def new(words): return len(words) >= least and not parts.part_of_one(words) and not wholes.one_in(words)
     return [new(words) for words in map(_words, texts)]
 
-# %% ../nbs/14_unseen.ipynb #e97e1e4c
+# %% ../nbs/14_unseen.ipynb #451830e5
 def _texts(rows):
     "The texts of rows: strings, or pairs of strings"
     columns = [c for c in ('sentence1', 'sentence2') if c in rows.column_names]
@@ -68,7 +68,7 @@ def _texts(rows):
 
 def _same_as(text): return _words(text) if isinstance(text, str) else tuple(map(_words, text))
 
-# %% ../nbs/14_unseen.ipynb #9e41bf62
+# %% ../nbs/14_unseen.ipynb #2f3aec5d
 def _free(data, drawn, dev, least):
     "Numbers of rows that say something new, in their order; of equal rows the first"
     seen = [text for rows in (*drawn, *dev) for text in _texts(rows)]
@@ -82,7 +82,7 @@ def _free(data, drawn, dev, least):
         found.append(i)
     return found
 
-# %% ../nbs/14_unseen.ipynb #fafb4396
+# %% ../nbs/14_unseen.ipynb #08104886
 @lru_cache
 def _unseen(task, draws, data_dir, bad_rows, least, seed):
     "`unseen_rows`, remembered"
@@ -92,7 +92,7 @@ def _unseen(task, draws, data_dir, bad_rows, least, seed):
     free = _free(data, drawn, dev, least)
     return data.select(free).shuffle(seed=seed) if free else data.select([])
 
-# %% ../nbs/14_unseen.ipynb #5280fccb
+# %% ../nbs/14_unseen.ipynb #8813a884
 def unseen_rows(
     task: str | Task,
     draws: tuple, # of (train_size, sample_seed): all that was trained on, as `data.load_task` draws it
@@ -103,7 +103,7 @@ def unseen_rows(
 ) -> Dataset:     # sentence1, (sentence2,) label, idx
     "Training rows that were not drawn and share no text with a drawn row or a dev row, shuffled"
     if None in (sizes := [size for size, _ in draws]) or not sizes:
-        raise ValueError(f"What was trained on is {tuple(draws)}; pairs of a train_size and a sample_seed were "
-                         "expected. A run without a train_size sees every row.")
+        raise ValueError(f"What was trained on is {tuple(draws)}; pairs of a train_size and a sample_seed "
+                         "were expected. A run without a train_size sees every row.")
     folder = None if data_dir is None else str(data_dir)
     return _unseen(get_task(task), tuple(sorted(map(tuple, draws))), folder, bad_rows, least, seed)
