@@ -128,6 +128,7 @@ def evaluate(
     tokenizer=None,                      # the model folder's by default
     bad_rows: str | None=None,           # as in `data.read_tsv`; what the model's run was told, by default
     rows: Rows | None=None,              # score on these, given in Python, instead of a split
+    answers: dict | None=None,           # gets {split: (rows, logits)}; 'rows' for rows that were given
 ) -> dict:                               # metric: value; left_out, unlabelled (counts), where there are any
     "Score a model on a split that has labels, or on rows: those that have one"
     task, out, left_out = task_of(task, model), {}, []
@@ -138,6 +139,7 @@ def evaluate(
         some = load_task(task, name, data_dir, bad_rows=bad_rows, left_out=left_out) if rows is None else rows
         data = encode(some, tokenizer, max_seq_len)
         logits = predict(model, data, tokenizer, batch_size, device_id)
+        if answers is not None: answers[name] = some, logits
         suffix = name.removeprefix('dev') if len(names) > 1 else ''
         out |= {m + suffix: v for m, v in score(task, logits, np.array(data['labels'])).items()}
     counts = dict(left_out=len(left_out), unlabelled=unlabelled)

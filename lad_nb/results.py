@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['anywhere', 'SNAPSHOTS', 'run_key', 'safe_name', 'read_results', 'lines_by_run', 'append_result', 'train_rows',
-           'held_out_rows', 'scores_of_run', 'snapshot', 'processor_name']
+           'held_out_rows', 'further_rows', 'scores_of_run', 'kept_answers', 'answers_of', 'labels_of', 'scores_again',
+           'check_comparable', 'snapshot', 'processor_name']
 
 # %% ../nbs/61_results.ipynb #96ae6f50
-import json, os, platform
+import base64, json, os, platform, zlib
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -17,11 +19,13 @@ from filelock import FileLock
 
 from .durable import append_line
 from .data import encode, load_task
+from .unseen import unseen_rows
 from .mappings import mapping_from_dict
 from .models import load_tokenizer
 from .encoders import load_classifier
 from .runs import read_log, run_description
 from .recipes import Recipe, recipe_from_dict
+from .sources import rows_hash
 from .evaluation import evaluate, predict, score
 from .analysis import gate_openness, gate_shares, layer_map, shares_by_step, shares_by_token
 from .similarity import layer_cka, linear_probes, loss_parts, teacher_agreement
@@ -131,20 +135,150 @@ def held_out_rows(
                       recipe.bad_rows)
     return drawn.select(range(size, size + rows))
 
+# %% ../nbs/61_results.ipynb #85c0f23d
+def further_rows(
+    recipe: Recipe,
+    draws: tuple, # of (train_size, sample_seed): all that the runs and their teachers train on
+    tune: int,    # rows that choose among settings
+    score: int,   # rows that are scored beside the dev set
+) -> tuple:       # two Datasets: those that choose, and those that are scored
+    "Rows that none of the runs trains on; `ValueError` if there are not so many"
+    free = unseen_rows(recipe.task, draws, recipe.data_dir, recipe.bad_rows)
+    if tune + score > len(free):
+        raise ValueError(f"unseen for {recipe.task} is ({tune}, {score}); {len(free)} rows are unseen beside "
+                         f"the {', '.join(str(size) for size, _ in draws)} that are trained on. Take fewer.")
+    return free.select(range(score, score + tune)), free.select(range(score))
+
 # %% ../nbs/61_results.ipynb #2f51d69e
+def _score_rows(recipe, model, tokenizer, rows, name, answers):
+    "The metrics on some rows of the training set; the logits go to `answers`"
+    data = encode(rows, tokenizer, recipe.max_seq_len)
+    answers[name] = rows, predict(model, data, tokenizer, device_id=recipe.device_id)
+    return score(recipe.task, answers[name][1], np.array(data['labels']))
+
+# %% ../nbs/61_results.ipynb #1a521801
 def scores_of_run(
     folder: str | Path, # of a finished run
     recipe: Recipe,     # of that run
-    held_out: int,      # score so many held-out training rows; 0: the dev set
-) -> dict:              # {metric: value}
+    held_out: int=0,    # score so many held-out training rows; 0: the dev set
+    unseen: dict | None=None,  # draws, tune, score, as in `further_rows`: such rows, and some beside dev
+    answers: dict | None=None, # gets {'dev', 'unseen' or 'held_out': (rows, logits)}
+) -> dict:              # {metric: value}, and {metric_unseen: value}
     "The scores of a finished run"
-    if not held_out:
-        return evaluate(folder, recipe.task, 'dev', recipe.data_dir, recipe.max_seq_len,
-                        device_id=recipe.device_id)
+    answers = {} if answers is None else answers
     tokenizer, model = load_tokenizer(folder), load_classifier(folder, recipe.task)
-    data = encode(held_out_rows(recipe, held_out), tokenizer, recipe.max_seq_len)
-    logits = predict(model, data, tokenizer, device_id=recipe.device_id)
-    return score(recipe.task, logits, np.array(data['labels']))
+    def scored(rows, name): return _score_rows(recipe, model, tokenizer, rows, name, answers)
+    choose, further = further_rows(recipe, **unseen) if unseen else (None, ())
+    if held_out: return scored(held_out_rows(recipe, held_out) if choose is None else choose, 'held_out')
+    scores = evaluate(model, recipe.task, 'dev', recipe.data_dir, recipe.max_seq_len, tokenizer=tokenizer,
+                      device_id=recipe.device_id, bad_rows=recipe.bad_rows, answers=answers)
+    more = scored(further, 'unseen') if len(further) else {}
+    return scores | {f'{metric}_unseen': value for metric, value in more.items()}
+
+# %% ../nbs/61_results.ipynb #73408a27
+def _log_odds(logits):
+    "(N, C - 1) whole numbers, and their unit: log-odds to class 0 with the same winner in each row"
+    odds = logits[:, 1:].astype(np.float64) - logits[:, :1]
+    unit = 2.**np.ceil(np.log2((np.abs(odds).max(initial=0) or 1)/1000))
+    whole, won = np.rint(odds/unit).astype('<i2'), logits.argmax(-1)
+    moved = np.flatnonzero(won != _with_zero(whole).argmax(-1))
+    whole[moved, won[moved] - 1] = whole[moved].max(-1, initial=0) + 1
+    return whole, float(unit)
+
+def _with_zero(odds): return np.pad(odds, ((0, 0), (1, 0)))
+
+# %% ../nbs/61_results.ipynb #3b401107
+def _packed(values):
+    "An array as text: low bytes first, then high ones, compressed"
+    planes = np.ascontiguousarray(values).reshape(-1).view('u1').reshape(-1, values.itemsize).T
+    return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
+
+# %% ../nbs/61_results.ipynb #f11fb84b
+def _unpacked(text, kind):
+    "The array of such a text, one-dimensional"
+    planes = np.frombuffer(zlib.decompress(base64.b64decode(text)), 'u1')
+    return np.ascontiguousarray(planes.reshape(np.dtype(kind).itemsize, -1).T).view(kind).reshape(-1)
+
+# %% ../nbs/61_results.ipynb #5b40bcae
+def kept_answers(
+    rows: Dataset,      # N, with their labels
+    logits: np.ndarray, # (N, C), or (N, 1) values of a regression
+) -> dict:              # rows (hash), count, unit, logits, labels: what a line keeps
+    "Answers and labels, small enough to be kept; the class that each row got is exactly the same"
+    kept, labels = dict(rows=rows_hash(rows)[:16], count=len(rows)), np.array(rows['label'])
+    if logits.shape[1] == 1:
+        values, given = _packed(logits.astype('<f4')), _packed(labels.astype('<f8'))
+        return kept | dict(unit=None, logits=values, labels=given)
+    odds, unit = _log_odds(logits)
+    return kept | dict(unit=unit, logits=_packed(odds), labels=_packed(labels.astype('<i2')))
+
+# %% ../nbs/61_results.ipynb #cd64fe56
+def _kept(line, name):
+    "What a line keeps of one scored set; `ValueError` says what it has"
+    if name in (answers := line.get('answers') or {}): return answers[name]
+    raise ValueError("The line of {study}, {stage}: {task}, {method}, seed {seed} ".format(**line)
+                     + f"keeps no answers on {name!r}. It has: {', '.join(answers) or 'none'}.")
+
+# %% ../nbs/61_results.ipynb #bd825343
+def answers_of(
+    line: dict,       # of a run
+    name: str='dev',  # 'dev', 'unseen', 'held_out'; MNLI's 'dev_matched' and 'dev_mismatched'
+) -> np.ndarray:      # (N, C) log-odds to class 0; (N, 1) values of a regression
+    "What a run answered, row by row"
+    kept = _kept(line, name)
+    if kept['unit'] is None: return _unpacked(kept['logits'], '<f4').reshape(-1, 1)
+    return _with_zero(_unpacked(kept['logits'], '<i2').reshape(kept['count'], -1)*kept['unit'])
+
+def labels_of(
+    line: dict,      # of a run
+    name: str='dev', # as in `answers_of`
+) -> np.ndarray:     # (N,) ids, or floats
+    "The labels of the rows that a run was scored on"
+    kept = _kept(line, name)
+    if kept['unit'] is None: return _unpacked(kept['labels'], '<f8')
+    return _unpacked(kept['labels'], '<i2').astype(int)
+
+# %% ../nbs/61_results.ipynb #f8ce407b
+def scores_again(
+    line: dict,      # of a run
+    name: str='dev', # as in `answers_of`
+) -> dict:           # {metric: value}
+    "The scores that follow from what is kept: those that the run reported"
+    return score(line['task'], answers_of(line, name), labels_of(line, name))
+
+# %% ../nbs/61_results.ipynb #d97e9b49
+def _got(line):
+    "{what: (what was asked for, what it was)}; None for what a line does not say"
+    recipe, answers = line['recipe'], line.get('answers')
+    def asked(*names): return tuple(recipe.get(name) for name in names)
+    sets = [f"{a['count']} of {name} ({a['rows']})" for name, a in (answers or {}).items()]
+    scored = None if answers is None else ', '.join(sets) or 'none'
+    return {'precision': (asked('precision'), line.get('precision')),
+            'rows trained on': (asked('dataset', 'train_size', 'sample_seed'), line.get('trained_on')),
+            'rows scored': (line['stage'], scored),
+            'teacher': (asked('teacher', 'teacher_exp', 'tckpt'), line.get('teacher_sha256'))}
+
+# %% ../nbs/61_results.ipynb #e26bb2f4
+def _differing(task, what, groups):
+    "How the lines differ, with the names of those that are fewest"
+    groups = sorted(groups.items(), key=lambda group: -len(group[1]))
+    counts = '; '.join(f"{got or 'not said'} in {len(lines)}" for got, lines in groups)
+    few = [f"{l['method']} seed {l['seed']}" for l in min((g for got, g in groups if got), key=len)]
+    some = ', '.join(few[:4] + ['..']*(len(few) > 4))
+    return (f"{task}: the {what} differ{'' if what.startswith('rows') else 's'} between runs that asked for "
+            f"the same: {counts} (these: {some}). They can't be compared: take those of one kind out "
+            "of runs.jsonl, and the study does them again.")
+
+# %% ../nbs/61_results.ipynb #587d8633
+def check_comparable(
+    lines: list, # of one study and stage
+):
+    "`ValueError` when runs of a task asked for the same precision, rows or teacher and got another"
+    groups = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        for what, (asked, got) in _got(line).items(): groups[line['task'], what, asked][got].append(line)
+    for (task, what, _), by in groups.items():
+        if len(by.keys() - {None}) > 1: raise ValueError(_differing(task, what, by))
 
 # %% ../nbs/61_results.ipynb #f641dfb3
 def _share_snapshots(what):

@@ -10,14 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from datasets import Dataset
 from two_processes import study
 
 from lad_nb.durable import append_line, lock_folder
-from lad_nb.results import append_result, read_results
-from lad_nb.section5 import verdicts
-from lad_nb.study import chosen_lrs, collect, jobs, missing, run_study, tuning_table
+from lad_nb.evaluation import score
+from lad_nb.results import (answers_of, append_result, check_comparable, kept_answers, labels_of,
+                            read_results, run_key, scores_again)
+from lad_nb.section5 import section5, verdicts
+from lad_nb.study import (at_the_edge, chosen_lrs, chosen_tries, collect, collect_answers, collect_teachers,
+                          cost, jobs, missing, run_study, tuning_table)
+from lad_nb.unseen import unseen_rows
 
 pytestmark = pytest.mark.faults
 PROGRAM = Path(__file__).with_name('two_processes.py')
@@ -261,3 +267,275 @@ def test_a_doubled_tuning_line_is_no_rate_that_was_tried(tuned, tmp_path):
 def test_a_seed_or_rate_that_is_named_twice(tuned, change):
     with pytest.raises(ValueError, match=r'(seeds|lrs\[.toy.\]) names one twice'):
         replace(tuned[0], **change)
+
+
+COMMITTED = Path(__file__).parent.parent/'nbs'/'analyses'/'results'
+
+
+def test_committed_results_are_those_of_their_study():
+    """Lines of before teachers, tries and answers: each is still a run that its study asks for."""
+    lines = [l for l in read_results(COMMITTED) if l.get('study') == 'section5' and 'answers' not in l]
+    assert len(lines) > 100 and not any('precision' in l or 'trained_on' in l for l in lines)
+    tuned, ran = ([l for l in lines if l['stage'] == stage] for stage in ('tune', 'run'))
+    assert {run_key(l) for l in tuned} <= {run_key(job) for job in jobs(section5, COMMITTED, 'tune')}
+    table = collect(section5, COMMITTED)
+    found = set(table[['task', 'method', 'seed']].itertuples(index=False, name=None))
+    assert {(l['task'], l['method'], l['seed']) for l in ran} <= found
+    assert list(table) == ['task', 'method', 'seed', 'lr', 'metric', 'value', 'seconds']
+    assert list(tuning_table(section5, COMMITTED)) == ['task', 'method', 'lr', 'metric', 'value']
+
+
+def line_of(task, logits, labels):
+    """A line that keeps answers, after it was written and read."""
+    rows = Dataset.from_dict(dict(sentence1=[str(i) for i in range(len(labels))], label=list(labels)))
+    line = dict(study='s', stage='run', task=task, method='m', seed=1)
+    return json.loads(json.dumps(line | dict(answers=dict(dev=kept_answers(rows, logits)))))
+
+
+@pytest.mark.parametrize('scale', [1e-38, 1e-12, 1e-3, 1, 30, 1e6])
+@pytest.mark.parametrize('task, C', [('sst2', 2), ('mrpc', 2), ('cola', 2), ('mnli', 3)])
+def test_kept_answers_are_the_reported_ones(task, C, scale):
+    """The class of every row and all scores are exactly the same, near zero, in ties and with outliers."""
+    rng = np.random.default_rng(3)
+    logits = (rng.normal(size=(4000, C))*scale).astype(np.float32)
+    logits[:1000] = logits[:1000, :1]                                    # ties: the first class wins
+    near = logits[1000:2000]
+    near[:] = near[:, :1]
+    near[np.arange(1000), rng.integers(C, size=1000)] *= np.float32(1 + 2e-7)  # one step of float32 apart
+    logits[2000] = 0
+    logits[2001, 0] *= 1000
+    labels = rng.integers(C, size=len(logits))
+    line = line_of(task, logits, labels)
+    assert (answers_of(line).argmax(-1) == logits.argmax(-1)).all()
+    assert scores_again(line) == score(task, logits, labels)
+    assert (labels_of(line) == labels).all()
+    odds = (logits - logits[:, :1]).astype(float)
+    assert np.abs(answers_of(line) - odds).max() <= 2*line['answers']['dev']['unit']
+    assert line['answers']['dev']['unit'] <= np.abs(odds).max()/500
+
+
+def test_kept_answers_of_a_regression():
+    """Values are kept as they are, so correlations are, too."""
+    rng = np.random.default_rng(3)
+    values, labels = rng.normal(size=(1500, 1)).astype(np.float32), rng.integers(0, 26, size=1500)/5
+    line = line_of('stsb', values, labels)
+    assert (answers_of(line) == values).all() and (labels_of(line) == labels).all()
+    assert scores_again(line) == score('stsb', values, labels)
+
+
+def test_kept_answers_are_small():
+    """Little more than two kilobytes for 1,000 rows, labels included, in answers as spread as those of a trained model."""
+    rng = np.random.default_rng(3)
+    logits = np.sign(rng.normal(size=(8872, 2)))*2 + rng.normal(size=(8872, 2))
+    kept = line_of('sst2', logits.astype(np.float32), logits.argmax(-1))['answers']
+    assert len(json.dumps(kept)) < 2200*8.872
+
+
+@pytest.fixture(scope='module')
+def crossed(tiny):
+    """Three seeds, two teachers, three tries of different settings, scored on unseen rows as well."""
+    small = study(tiny, 6)
+    teacher = small.teachers['toy']
+    tries = {'LAD': tuple(dict(lr=lr, mu=mu) for lr, mu in ((1e-4, 10.), (1e-3, 10.), (1e-3, 100.))),
+             'KD': tuple(dict(lr=lr) for lr in (1e-4, 3e-4, 1e-3))}
+    return replace(small, name='crossed', seeds=(5, 6, 7), tries=dict(toy=tries), unseen=dict(toy=(70, 90)),
+                   teachers=dict(toy=[teacher.replace(experiment=f'teacher{n}', seed=n) for n in (1, 2)]))
+
+
+@pytest.fixture(scope='module')
+def crossed_done(crossed, tmp_path_factory):
+    """That study, done: stopped in the middle of tuning and of the grid, and started again by two processes."""
+    folder, said = tmp_path_factory.mktemp('crossed'), []
+    def stop(text):
+        said.append(text)
+        if text.startswith(('[4/6]', '[2/2]')): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        run_study(crossed, folder, folder, say=stop)
+    assert len([l for l in read_results(folder) if l['stage'] == 'tune']) == 4
+    with pytest.raises(KeyboardInterrupt):
+        run_study(crossed, folder, folder, say=stop)
+    run_study(crossed, folder, folder, processes=2, threads=1, say=said.append)
+    done = [text.split(': ')[0].split('] ')[1] for text in said if text.startswith('[')]
+    assert len(done) == len(set(done)) == 12, 'a run was done twice'
+    assert [text.partition(':')[0] for text in said].count('teacher on toy') == 2
+    return folder
+
+
+def test_a_crossed_study_does_nothing_twice(crossed, crossed_done):
+    before = (crossed_done / 'runs.jsonl').read_bytes()
+    assert missing(crossed, crossed_done, 'tune') == missing(crossed, crossed_done) == []
+    table = run_study(crossed, crossed_done, crossed_done, say=silent)
+    assert (crossed_done / 'runs.jsonl').read_bytes() == before
+    took = cost(crossed, crossed_done)[['stage', 'runs', 'of']]
+    assert took.values.tolist() == [['tune', 6, 6], ['run', 6, 6]]
+    assert len(table) == 2*6
+
+
+def test_teachers_are_crossed_with_seeds(crossed, crossed_done):
+    """Seed 5 and 7 learn from the first, 6 from the second, whatever the method; by recipe and by bytes."""
+    table = collect(crossed, crossed_done)
+    by_seed = table.groupby('seed').teacher.unique().map(list).to_dict()
+    assert by_seed == {5: [1], 6: [2], 7: [1]}
+    lines = read_results(crossed_done)
+    taught = {l['seed']: l['teacher_sha256'] for l in lines if l['stage'] == 'teacher'}
+    assert len(set(taught.values())) == 2
+    for line in lines:
+        if line['stage'] != 'teacher':
+            assert line['teacher_sha256'] == taught[by_seed.get(line['seed'], [1])[0]]
+    found = collect_teachers(crossed, crossed_done)
+    assert found.groupby('metric').seed.apply(list).to_dict() == dict(accuracy=[1, 2], accuracy_unseen=[1, 2])
+
+
+def test_other_bytes_of_one_teacher_are_noticed(crossed, crossed_done, tmp_path):
+    """A study of another name, on the same results, with a teacher of the same recipe and other weights."""
+    lines = read_results(crossed_done)
+    for line in lines:
+        append_line(tmp_path / 'runs.jsonl',
+                    line | (dict(teacher_sha256='0'*16) if line['stage'] == 'teacher' else {}))
+    other = replace(crossed, name='other', tries={}, seeds=(5,))
+    with pytest.raises(ValueError, match='students of two teachers would be compared'):
+        run_study(other, crossed_done, tmp_path, stage='run', say=silent)
+
+
+def test_tries_choose_by_unseen_rows(crossed, crossed_done):
+    """The best on rows that no run trains on, of equals the earlier; at full length; runs take it."""
+    tried, lines = tuning_table(crossed, crossed_done), read_results(crossed_done)
+    assert list(tried) == ['task', 'method', 'lr', 'mu', 'metric', 'value'] and len(tried) == 6
+    for (task, method), changes in chosen_tries(crossed, crossed_done).items():
+        mine = tried[tried.method == method].reset_index()
+        best = mine.loc[mine.value.idxmax()]
+        assert changes['lr'] == best.lr and changes.get('mu', best.mu) == best.mu
+        runs = [l for l in lines if (l['stage'], l['method']) == ('run', method)]
+        assert [{k: l['recipe'][k] for k in changes} for l in runs] == [changes]*3
+        assert chosen_lrs(crossed, crossed_done)[task, method] == best.lr
+    order = [l['method'] for l in lines if l['stage'] == 'tune']
+    assert order == ['LAD', 'KD']*3, 'try by try'
+    for line in lines:
+        assert line['recipe']['train_size'] == 160
+        if line['stage'] == 'tune':
+            assert list(line['answers']) == ['held_out'] and line['answers']['held_out']['count'] == 70
+            assert line['recipe']['total_step'] == 6
+
+
+def test_of_equal_tries_the_earlier_is_taken(crossed, tmp_path):
+    for job in jobs(crossed, tmp_path, 'tune'):
+        append_result(tmp_path, job | dict(scores=dict(accuracy=0.5)))
+    assert list(chosen_tries(crossed, tmp_path).values()) == [dict(lr=1e-4, mu=10.), dict(lr=1e-4)]
+    assert at_the_edge(crossed, tmp_path)[['method', 'lr', 'edge']].values.tolist() == [
+        ['LAD', 1e-4, 'smallest'], ['KD', 1e-4, 'smallest']]
+
+
+def test_a_rate_inside_is_not_at_the_edge(crossed, tmp_path):
+    for job in jobs(crossed, tmp_path, 'tune'):
+        append_result(tmp_path, job | dict(scores=dict(accuracy=float(job['recipe']['lr'] == 3e-4))))
+    assert at_the_edge(crossed, tmp_path).method.tolist() == ['LAD']
+    with pytest.raises(ValueError, match='KD on toy has 2 of 3 tuning runs'):
+        chosen_tries(crossed, first_lines(tmp_path, 5))
+
+
+def first_lines(results, n):
+    """Other results, with the first lines of these."""
+    few = results / 'few'
+    for line in read_results(results)[:n]:
+        append_result(few, line)
+    return few
+
+
+def test_unseen_rows_are_the_same_for_all(crossed, crossed_done):
+    """One set of rows to score, another to choose by, none of them trained on; scores follow from answers."""
+    rows = unseen_rows('toy', ((160, 0),))
+    lines = read_results(crossed_done)
+    kept = {name: {l['answers'][name]['rows'] for l in lines if name in l['answers']}
+            for name in ('dev', 'unseen', 'held_out')}
+    assert [len(hashes) for hashes in kept.values()] == [1, 1, 1] and len(set.union(*kept.values())) == 3
+    assert len({l['trained_on'] for l in lines}) == 1 and {l['precision'] for l in lines} == {'fp32'}
+    for line in lines:
+        if line['stage'] == 'tune':
+            assert scores_again(line, 'held_out') == line['scores']
+            assert labels_of(line, 'held_out').tolist() == rows['label'][90:160]
+            continue
+        assert list(line['answers']) == ['dev', 'unseen'] and line['answers']['unseen']['count'] == 90
+        assert labels_of(line, 'unseen').tolist() == rows['label'][:90]
+        unseen = scores_again(line, 'unseen')['accuracy']
+        assert scores_again(line) | dict(accuracy_unseen=unseen) == line['scores']
+
+
+@pytest.mark.parametrize('scored, metric', [('dev', 'accuracy'), ('unseen', 'accuracy_unseen')])
+def test_collected_answers(crossed, crossed_done, scored, metric):
+    answers, labels = collect_answers(crossed, crossed_done, 'toy', scored)
+    table = collect(crossed, crossed_done)
+    table = table[table.metric == metric].set_index(['method', 'seed']).value
+    assert answers.shape == (6, len(labels)) and answers.index.names == ['method', 'seed']
+    assert ((answers == labels).mean(axis=1) == table[answers.index]).all()
+    with pytest.raises(ValueError, match="answers on 'test'. Kept were: dev, unseen"):
+        collect_answers(crossed, crossed_done, 'toy', 'test')
+
+
+def changed(lines, which, **change):
+    """The lines, with a change in some of the grid's."""
+    places = {(l['seed'], l['method']): i for i, l in enumerate(lines) if l['stage'] == 'run'}
+    runs = [places[place] for place in sorted(places)][which]
+    return [l | change if i in runs else l for i, l in enumerate(lines)]
+
+
+@pytest.mark.parametrize('change, says', [
+    (dict(precision='bf16'), 'the precision differs .*fp32 in 5; bf16 in 1 .these: KD seed 5'),
+    (dict(trained_on='0'*16), 'the rows trained on differ between'),
+    (dict(teacher_sha256='0'*16), 'the teacher differs'),
+    (dict(answers={}), 'the rows scored differ between'),
+])
+def test_runs_that_are_not_alike_are_not_compared(crossed, crossed_done, tmp_path, change, says):
+    """One line of six got another thing than the others: no table, no answers, and its name is said."""
+    for line in changed(read_results(crossed_done), slice(0, 1), **change):
+        append_line(tmp_path / 'runs.jsonl', line)
+    for read in (lambda: collect(crossed, tmp_path), lambda: collect_answers(crossed, tmp_path, 'toy')):
+        with pytest.raises(ValueError, match=says):
+            read()
+    assert len(tuning_table(crossed, tmp_path)) == 6
+
+
+def test_old_lines_agree_with_whoever_agrees(crossed, crossed_done, tmp_path):
+    """What a line doesn't say counts as what the others say; if those differ it is a group of its own."""
+    lines = changed(read_results(crossed_done), slice(0, 2), precision=None, answers=None, trained_on=None)
+    runs = [l for l in lines if l['stage'] == 'run']
+    check_comparable(runs)
+    with pytest.raises(ValueError, match='fp32 in 3; not said in 2; bf16 in 1 .these: '):
+        check_comparable(changed(runs, slice(5, 6), precision='bf16'))
+    for line in lines:
+        append_line(tmp_path / 'runs.jsonl', line)
+    assert len(collect(crossed, tmp_path)) == 12
+    with pytest.warns(UserWarning, match='2 of 6 runs of crossed on toy have kept no answers'):
+        assert len(collect_answers(crossed, tmp_path, 'toy')[0]) == 4
+
+
+@pytest.mark.parametrize('change, says', [
+    (dict(tries=dict(toy=dict(LAD=(dict(lr=1.),), KD=(dict(lr=1.), dict(lr=2.))))), '1 for LAD, 2 for KD'),
+    (dict(tries=dict(toy=dict(LAD=(dict(lr=1.),)))), 'has none for KD'),
+    (dict(tries=dict(toy=dict(LAD=(dict(lr=1.),)*2, KD=(dict(lr=1.),)*2))), 'names one twice'),
+    (dict(tries=dict(toy=dict(LAD=(dict(seed=1),), KD=(dict(lr=1.),)))), 'changes seed; settings of training'),
+    (dict(lrs=dict(toy=(1e-4,))), 'lrs and tries both'),
+    (dict(held_out=dict(toy=10)), 'held_out and unseen both'),
+    (dict(unseen=dict(toy=(0, 0))), 'two numbers of rows'),
+    (dict(unseen=dict(toy=7)), 'two numbers of rows'),
+])
+def test_a_study_that_cannot_be(crossed, change, says):
+    with pytest.raises(ValueError, match=says):
+        replace(crossed, **change)
+
+
+def test_teachers_that_cannot_be(crossed):
+    first, second = crossed.teachers['toy']
+    for twins, what in (((first, second.replace(experiment='teacher1')), 'experiment teacher1, teacher1'),
+                        ((first, second.replace(seed=1)), 'seed 1, 1')):
+        with pytest.raises(ValueError, match=what):
+            replace(crossed, teachers=dict(toy=twins))
+
+
+def test_what_is_unseen_is_unseen_by_teachers_too(crossed, tmp_path):
+    """The teacher's draw counts, and one that sees all rows leaves nothing."""
+    first, second = crossed.teachers['toy']
+    larger = replace(crossed, teachers=dict(toy=(first, second.replace(train_size=300))))
+    assert all(job['unseen']['draws'] == [[300, 0]] for job in jobs(larger, tmp_path, 'tune'))
+    greedy = replace(crossed, teachers=dict(toy=(first, second.replace(train_size=None))))
+    with pytest.raises(ValueError, match='unseen for toy: fine_tune trains on the whole train split'):
+        jobs(greedy, tmp_path, 'tune')
