@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PooledModel', 'pooled_model', 'spread_check', 'power', 'seeds_to_decide', 'decide']
 
-# %% ../nbs/68_inference.ipynb #0324c730
+# %% ../nbs/68_inference.ipynb #b03bfbf4
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -18,13 +18,13 @@ from statsmodels.stats.power import TTestPower
 
 from .statistics import check_results
 
-# %% ../nbs/68_inference.ipynb #4eeda357
+# %% ../nbs/68_inference.ipynb #1628f886
 def _design(there):
     "Columns for least squares: a mean per method, and seed effects that sum to zero"
     methods, seeds = (np.eye(n)[at] for n, at in zip(there.shape, np.nonzero(there)))
     return np.hstack([methods, seeds[:, :-1] - seeds[:, -1:]])
 
-# %% ../nbs/68_inference.ipynb #0ec27e57
+# %% ../nbs/68_inference.ipynb #ad92023a
 def _check_table(table):
     "`ValueError` where methods and seeds can't be told apart, or nothing is left to tell how far runs stray"
     there = table.notna().to_numpy()
@@ -36,7 +36,7 @@ def _check_table(table):
         raise ValueError(f"{there.sum()} runs of {there.shape[0]} methods with {there.shape[1]} seeds leave "
                          "nothing to tell how far runs stray. Two methods need two seeds in common at least.")
 
-# %% ../nbs/68_inference.ipynb #d59ce3c8
+# %% ../nbs/68_inference.ipynb #3d90f501
 def _table(results):
     "Values of one task and metric, a row per method and a column per seed; NaN where a run is missing"
     check_results(results)
@@ -47,7 +47,7 @@ def _table(results):
     table = results.pivot(index='method', columns='seed', values='value').astype(float)
     return table.loc[list(dict.fromkeys(results.method))]
 
-# %% ../nbs/68_inference.ipynb #a3051967
+# %% ../nbs/68_inference.ipynb #9db138f9
 @dataclass(frozen=True, eq=False)
 class PooledModel:
     "method + seed + rest, fitted to the runs of one task by one metric"
@@ -64,8 +64,9 @@ class PooledModel:
         if lost := [m for m in (better, worse) if m not in self.means]:
             raise ValueError(f"There is no method {lost[0]!r}. There are: {', '.join(self.means.index)}.")
         if better == worse: raise ValueError(f"{better} can't be compared with itself.")
-        c = self.covariance.loc[[better, worse], [better, worse]].to_numpy()
-        return self.means[better] - self.means[worse], max(c[0, 0] + c[1, 1] - 2*c[0, 1], 0)**.5
+        c = self.covariance.at
+        variance = c[better, better] + c[worse, worse] - 2*c[better, worse]
+        return self.means[better] - self.means[worse], max(variance, 0)**.5
 
     def difference(self, better: str, worse: str, level: float=.95) -> dict: # mean, se, df, low, high, p
         "How much better one method is than another: Student's t, two-sided"
@@ -80,18 +81,18 @@ class PooledModel:
         mean, se = self._estimate(better, worse)
         return _tail(margin - abs(mean), se, self.df)
 
-# %% ../nbs/68_inference.ipynb #53710020
+# %% ../nbs/68_inference.ipynb #26ecf80b
 def _tail(mean, se, df):
     "P(t > mean/se), also where no run strays at all"
     return float(stats.t.sf(mean/se, df)) if se else {1: 0., 0: .5, -1: 1.}[int(np.sign(mean))]
 
-# %% ../nbs/68_inference.ipynb #9fcae200
+# %% ../nbs/68_inference.ipynb #fa2f961b
 def _check_positive(name, value):
     if not (np.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value}; a difference above 0 was expected, "
                          "such as 0.005 (half a point).")
 
-# %% ../nbs/68_inference.ipynb #48c8d8dc
+# %% ../nbs/68_inference.ipynb #bbf76c6b
 def pooled_model(
     results: pd.DataFrame, # task, method, seed, metric, value: of one task and metric; runs may be missing
 ) -> PooledModel:
@@ -106,20 +107,20 @@ def pooled_model(
     return PooledModel(*results[['task', 'metric']].iloc[0], pd.Series(fit.params[:n], table.index),
                        covariance, residuals, float(sd), int(fit.df_resid))
 
-# %% ../nbs/68_inference.ipynb #83970e05
+# %% ../nbs/68_inference.ipynb #bcb0b976
 def _placed(values, there):
     "Values back in their table (methods, seeds), NaN elsewhere"
     table = np.full(there.shape, np.nan)
     table[there] = values
     return table
 
-# %% ../nbs/68_inference.ipynb #2d5380c1
+# %% ../nbs/68_inference.ipynb #5f64a7e1
 def _shares(draws, own, df):
     "Each method's mean square over that of all (n, methods), from residuals (n, runs)"
     squares = draws**2 @ own
     return squares/df/(squares.sum(-1, keepdims=True)/df.sum())
 
-# %% ../nbs/68_inference.ipynb #9bdcf043
+# %% ../nbs/68_inference.ipynb #20460f71
 def spread_check(
     model: PooledModel,
     draws: int=9999, # of studies whose runs all stray alike
@@ -139,19 +140,19 @@ def spread_check(
     table = pd.DataFrame(dict(runs=there.sum(1), df=df, sd=found**.5*model.sd, p=p), model.means.index)
     return table.where((df > 1e-6)[:, None] | (table.columns == 'runs'))
 
-# %% ../nbs/68_inference.ipynb #fe36aadd
+# %% ../nbs/68_inference.ipynb #db861e60
 def _power_to_differ(effect, df, alpha, seeds):
     "Of a two-sided t test of a difference that is `effect` times its sd"
     return float(TTestPower().power(effect, seeds, alpha, df=df, alternative='two-sided'))
 
-# %% ../nbs/68_inference.ipynb #8c9d1bf2
+# %% ../nbs/68_inference.ipynb #b7fbb011
 def _power_to_equate(margin, df, alpha, seeds):
     "Of two one-sided t tests where there is no difference; the margin in sds of a difference of runs"
-    measured = (stats.chi2.ppf((np.arange(2000) + .5)/2000, df)/df)**.5 # sd, as a share of the true one
+    measured = (stats.chi2.ppf((np.arange(500) + .5)/500, df)/df)**.5 # sd, as a share of the true one
     high = margin*seeds**.5 - stats.t.ppf(1 - alpha, df)*measured
     return float(np.maximum(2*stats.norm.cdf(high) - 1, 0).mean())
 
-# %% ../nbs/68_inference.ipynb #cf908cf3
+# %% ../nbs/68_inference.ipynb #8be9b470
 def power(
     sd: float,                  # how far a run strays: `PooledModel.sd`
     seeds: int,                 # of every method
@@ -173,10 +174,10 @@ def power(
     if question == 'difference': return _power_to_differ(effect, df, alpha, seeds)
     return _power_to_equate(effect, df, alpha, seeds)
 
-# %% ../nbs/68_inference.ipynb #57c24f33
+# %% ../nbs/68_inference.ipynb #2ead9518
 _most = 100_000 # seeds: more are not looked for
 
-# %% ../nbs/68_inference.ipynb #fba7d7e8
+# %% ../nbs/68_inference.ipynb #9a8925dc
 def seeds_to_decide(
     sd: float,         # how far a run strays: `PooledModel.sd`
     odds: float=.8,    # of deciding
@@ -187,21 +188,21 @@ def seeds_to_decide(
         raise ValueError(f"odds is {odds}; a share between 0 and 1 was expected, such as 0.8.")
     return 2 + bisect_left(range(2, _most), odds, key=lambda seeds: power(sd, seeds, **how))
 
-# %% ../nbs/68_inference.ipynb #5fed545f
+# %% ../nbs/68_inference.ipynb #a4586e3d
 def _verdict(mean, differs, same):
     "In words, from what the two tests say"
     if not differs: return 'the same within the margin' if same else 'undecided'
     return ('better' if mean > 0 else 'worse') + (', by less than the margin' if same else '')
 
-# %% ../nbs/68_inference.ipynb #54a10259
+# %% ../nbs/68_inference.ipynb #06d65f94
 def _row(model, claim, margin, level):
     "What the model of a task says about a claim, by itself"
-    n = int(model.residuals.loc[[claim.better, claim.worse]].notna().all().sum())
+    n = int((model.residuals.loc[claim.better] + model.residuals.loc[claim.worse]).count())
     return dict(claim=claim.text, difference=f'{claim.better} − {claim.worse}', task=model.task,
                 metric=model.metric, n=n, **model.difference(claim.better, claim.worse, level),
                 p_same=model.p_same(claim.better, claim.worse, margin), sd=model.sd, methods=len(model.means))
 
-# %% ../nbs/68_inference.ipynb #f9a85b8d
+# %% ../nbs/68_inference.ipynb #0ed03d40
 def _rows(results, claims, margin, level):
     "A row for each claim and each task that has both its methods"
     models = [pooled_model(g) for _, g in results.groupby(['task', 'metric'], sort=False)]
@@ -214,15 +215,15 @@ def _rows(results, claims, margin, level):
                              f"{claim.text!r}. Run them, or leave the claim out. There are: {there}.")
         yield from rows
 
-# %% ../nbs/68_inference.ipynb #9858c3a8
+# %% ../nbs/68_inference.ipynb #49bdf193
 def _seeds(open_rows, left, margin, level, question):
     "The seeds each open row would take; `left`: how many the test has not decided"
     rows = list(zip(open_rows.sd, open_rows.methods))
     how = dict(size=margin, question=question, alpha=(1 - level)/left)
-    needed = {row: seeds_to_decide(row[0], methods=row[1], **how) for row in set(rows)} # one per task and metric
+    needed = {row: seeds_to_decide(row[0], methods=row[1], **how) for row in set(rows)} # the same for many
     return [needed[row] for row in rows]
 
-# %% ../nbs/68_inference.ipynb #d1de5b6d
+# %% ../nbs/68_inference.ipynb #8e3181dd
 def decide(
     results: pd.DataFrame, # task, method, seed, metric, value; the runs of a study, without its teachers
     claims: tuple,         # of values with `text`, `better` and `worse`
@@ -248,6 +249,6 @@ def decide(
         told[f'seeds_to_{name}'] = needed
     return told[_decided]
 
-# %% ../nbs/68_inference.ipynb #c4b7efce
+# %% ../nbs/68_inference.ipynb #34d6c704
 _decided = ['claim', 'difference', 'task', 'metric', 'n', 'mean', 'se', 'df', 'low', 'high', 'p', 'p_holm',
             'p_same', 'p_same_holm', 'margin', 'verdict', 'seeds_to_differ', 'seeds_to_same']
