@@ -399,13 +399,19 @@ def last_layer_says(
     model: nn.Module, # a classifier with T layers
     hidden: Tensor,   # (B, S, H)
 ):
-    "For a while a model has one layer, the last, and that says `hidden` whatever it reads"
+    "For a while a model has one layer, the last, and what holds it says `hidden` whatever it reads"
     base, T = model.base_model, model.config.num_hidden_layers
     lists = ((n, m) for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == T)
     path, layers = next(lists)
     inside, _, name = path.rpartition('.')
-    def say(layer, args, out): return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
-    hook, parent = layers[-1].register_forward_hook(say), base.get_submodule(inside)
+    def say(parent, args, out):
+        if not isinstance(out, ModelOutput): return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+        out.last_hidden_state = hidden
+        # DeBERTa's base model reads these
+        if out.get('hidden_states'): out.hidden_states = (*out.hidden_states[:-1], hidden)
+        return out
+    parent = base.get_submodule(inside)
+    hook = parent.register_forward_hook(say)
     setattr(parent, name, nn.ModuleList([layers[-1]]))
     try: yield
     finally:
@@ -452,6 +458,7 @@ class FrozenTeacher(nn.Module):
     ) -> Tensor:        # (B, C)
         "What the teacher's head makes of states in the place of its last layer's; gradients go through"
         device, teacher = hidden.device, self.teacher
+        if teacher.device.type != device.type: teacher.to(device) # with a cache nobody asked it before
         batch = {k: v.to(teacher.device) for k, v in inputs_of(teacher, batch).items()}
         with last_layer_says(teacher, hidden.to(teacher.device)): return teacher(**batch).logits.to(device)
 

@@ -154,4 +154,5 @@ def hidden_loss(
     if on == 'cls': student, target, attention_mask = student[:, 0], target[:, 0], None
     if target_norm == 'layer': student, target = (F.layer_norm(h, h.shape[-1:]) for h in (student, target))
     mask = None if attention_mask is None else attention_mask.to(student.dtype)
-    return matches[match].measure(student, target, mask, tokens)
+    with torch.autocast(student.device.type, enabled=False): # it would take matrix products in bf16
+        return matches[match].measure(student, target, mask, tokens)

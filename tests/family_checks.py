@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from families import Family, make_folder, write_rows
 from lad_nb.analysis import gate_shares, layer_map, shares_by_token
 from lad_nb.data import encode, load_task
+from lad_nb.distiller import FrozenTeacher
 from lad_nb.durable import file_hash
 from lad_nb.encoders import find_layers, load_encoder, parts_of
 from lad_nb.evaluation import evaluate, predict, write_predictions
@@ -187,6 +188,23 @@ def check_resume(runs):
     again = run(runs.recipe('lad'), runs.root/'held', resume=True, progress=False)
     for name in ('model.safetensors', 'gates.safetensors'):
         assert file_hash(again/name) == file_hash(runs.student('lad')/name)
+
+
+def check_head(runs):
+    """The teacher's head on the teacher's own last states says what the teacher says, on any other states
+    something else; states get gradients, weights get none, and the teacher is afterwards what it was."""
+    teacher = FrozenTeacher(AutoModelForSequenceClassification.from_pretrained(runs.teacher))
+    rows = runs.dev[:4]
+    tokenizer = load_tokenizer(runs.encoder)
+    batch = dict(tokenizer(rows['sentence1'], rows['sentence2'], padding=True, return_tensors='pt'))
+    hidden, logits = teacher.ask_teacher(**batch, output_states=True)
+    assert (teacher.ask_head(batch, hidden[-1]) - logits).abs().max() < 1e-6
+    lower = hidden[1].clone().requires_grad_()
+    said = teacher.ask_head(batch, lower)
+    assert (said - logits).abs().max() > 1e-3
+    said.sum().backward()
+    assert lower.grad.norm() > 0 and all(p.grad is None for p in teacher.teacher.parameters())
+    assert teacher.ask_teacher(**batch)[1].equal(logits)
 
 
 # ---------------------------------------------------------------- looking at it

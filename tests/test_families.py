@@ -3,6 +3,7 @@ import importlib.util
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ import torch
 import transformers
 from conftest import program
 from families import BERT, FAMILIES, SIZES, WORDS, Family, make_folder, make_tokenizer
-from family_checks import CHECKS, Runs, facts, read_table
+from family_checks import CHECKS, Runs, check_head, facts, read_table
 
 from lad_nb.encoders import find_layers, load_classifier, load_encoder
 from lad_nb.experiment import resolve
@@ -40,6 +41,19 @@ def test_family(runs, check):
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Not every layer of the modernbert')  # `test_first_layer` has it
         CHECKS[check](runs)
+
+
+def test_head(runs):
+    """What trains gates by the task: the head of every family reads states that are not its own."""
+    check_head(runs)
+
+
+def test_head_beside_a_convolution(tmp_path):
+    """The large DeBERTas have a convolution beside their first layer: in a pass of one layer it is no part of
+    what the head reads."""
+    known = FAMILIES['DeBERTa-v2']
+    family = replace(known, settings=known.settings | dict(conv_kernel_size=3))
+    check_head(Runs(family, tmp_path))
 
 
 def test_in_a_fresh_process(all_runs):
