@@ -185,7 +185,7 @@ def miniature(
                ckpt_step=updates, log_step=1, device_id=-1, ptrain_ver=str(encoder))
     teacher = section5_teacher.replace(task='toy', **few)
     return replace(study, name=f'mini_{study.name}', tasks=dict(toy=few), teachers=dict(toy=teacher),
-                   seeds=study.seeds[:seeds], lrs={}, tuned_as=None, rates_of=None)
+                   seeds=study.seeds[:seeds], lrs={}, tries={}, unseen={}, tuned_as=None, rates_of=None)
 
 # %% ../nbs/63_section5.ipynb #9979d901
 def _open_miniature(study):
