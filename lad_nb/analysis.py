@@ -23,10 +23,11 @@ from .rows import Rows, rows_of
 from .gates import Aggregates, gate_amounts, measure_name, to_shares
 from .targets import Gate, Layer
 from .losses import has_label
-from .distiller import DistilOutput, Objective
+from .distiller import DistilOutput
 from .runs import checkpoints, find_checkpoint
 from .training import load_gates
 from .experiment import join_teacher, open_run
+from .movement import fresh_objective
 
 # %% ../nbs/50_analysis.ipynb #ceb80761
 def open_with_teacher(
@@ -199,15 +200,6 @@ def _with_gates(folder, step=None):
         raise ValueError(f"{folder} was trained with {mapping.name}, which has no gates.")
     return run
 
-# %% ../nbs/50_analysis.ipynb #6c89b41a
-def _fresh(run):
-    "The objective as the run began with it"
-    distiller, _, recipe = run
-    widths = distiller.teacher.config.hidden_size, distiller.student.config.hidden_size
-    with torch.random.fork_rng(devices=[]): # the CPU's generator alone: that is where gates are made
-        torch.default_generator.manual_seed(recipe.seed)
-        return Objective(distiller.mapping, *widths, recipe.norm, recipe.max_seq_len, match=recipe.match)
-
 # %% ../nbs/50_analysis.ipynb #80053143
 def _chains(folder, run, steps, device_id):
     "{step: gates}: of the checkpoints named, or of all; 0 is the fresh gates"
@@ -215,7 +207,7 @@ def _chains(folder, run, steps, device_id):
     # a missing one is found before anything is computed
     places = {step: find_checkpoint(folder, step) for step in steps if step != 0}
     for step in steps:
-        objective = _fresh(run) if step == 0 else copy.deepcopy(run[0].objective)
+        objective = fresh_objective(run) if step == 0 else copy.deepcopy(run[0].objective)
         if step != 0: load_gates(objective, places[step])
         out[step] = objective.gates.eval().to(pick_device(device_id))
     return out

@@ -54,7 +54,7 @@ gates_study = Study(
     'gates_study',
     base=Recipe('gates_study', num_hidden_layers=3, ptrain_ver=SMALL, target_norm='layer', **FAST),
     teachers=dict(sst2=teachers), tasks=dict(sst2=_sst2), methods=methods, tries=dict(sst2=tries),
-    unseen=dict(sst2=(4600, 8000)), seeds=tuple(range(42, 51)), snapshots=('layers_content',))
+    unseen=dict(sst2=(4600, 8000)), seeds=tuple(range(42, 51)), snapshots=('layers_content', 'movement'))
 
 # %% ../nbs/69_gates_study.ipynb #b11b6923
 from_scratch = replace(gates_study, name='from_scratch',

@@ -27,6 +27,7 @@ from .runs import read_log, run_description
 from .recipes import Recipe, recipe_from_dict
 from .sources import rows_hash
 from .evaluation import evaluate, predict, score
+from .movement import gate_movement
 from .analysis import gate_openness, gate_shares, layer_map, shares_by_step, shares_by_token
 from .similarity import layer_cka, linear_probes, loss_parts, teacher_agreement
 
@@ -294,18 +295,20 @@ def _openness(folder, step, **where): return gate_openness(folder, rows=256, **w
 def _cka(folder, step, **where): return layer_cka(folder, rows=512, **where)
 def _probes(folder, step, **where): return linear_probes(folder, rows=None, **where)
 def _losses(folder, step, **where): return loss_parts(folder)
+def _movement(folder, step, **where): return gate_movement(folder)
 
 # %% ../nbs/61_results.ipynb #f5711586
 SNAPSHOTS = ({'agreement': ('teacher', _agreement)} # name: what a run must have, and the frame
              | _share_snapshots('content') | _share_snapshots('mixing')
              | {'openness': ('gates', _openness), 'cka': ('teacher', _cka),
-                'probes': ('teacher', _probes), 'losses': ('teacher', _losses)})
+                'probes': ('teacher', _probes), 'losses': ('teacher', _losses),
+                'movement': ('gates', _movement)})
 
 # %% ../nbs/61_results.ipynb #d4e2cc88
 def _as_json(frame):
     "A frame as lists, with numbers of four digits"
     rows = frame.astype(object).values.tolist()
-    short = lambda v: round(v, 4) if isinstance(v, float) else v
+    short = lambda v: float(f'{v:.4g}') if isinstance(v, float) else v
     return dict(columns=list(frame.columns), rows=[list(map(short, row)) for row in rows])
 
 # %% ../nbs/61_results.ipynb #717655f2
