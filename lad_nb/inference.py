@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PooledModel', 'pooled_model', 'spread_check', 'power', 'seeds_to_decide', 'decide']
 
-# %% ../nbs/68_inference.ipynb #b03bfbf4
+# %% ../nbs/68_inference.ipynb #9da47e54
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -18,13 +18,13 @@ from statsmodels.stats.power import TTestPower
 
 from .statistics import check_results
 
-# %% ../nbs/68_inference.ipynb #1628f886
+# %% ../nbs/68_inference.ipynb #8169cfe7
 def _design(there):
     "Columns for least squares: a mean per method, and seed effects that sum to zero"
     methods, seeds = (np.eye(n)[at] for n, at in zip(there.shape, np.nonzero(there)))
     return np.hstack([methods, seeds[:, :-1] - seeds[:, -1:]])
 
-# %% ../nbs/68_inference.ipynb #ad92023a
+# %% ../nbs/68_inference.ipynb #d0988b24
 def _check_table(table):
     "`ValueError` where methods and seeds can't be told apart, or nothing is left to tell how far runs stray"
     there = table.notna().to_numpy()
@@ -36,7 +36,7 @@ def _check_table(table):
         raise ValueError(f"{there.sum()} runs of {there.shape[0]} methods with {there.shape[1]} seeds leave "
                          "nothing to tell how far runs stray. Two methods need two seeds in common at least.")
 
-# %% ../nbs/68_inference.ipynb #3d90f501
+# %% ../nbs/68_inference.ipynb #e0b4d025
 def _table(results):
     "Values of one task and metric, a row per method and a column per seed; NaN where a run is missing"
     check_results(results)
@@ -47,7 +47,7 @@ def _table(results):
     table = results.pivot(index='method', columns='seed', values='value').astype(float)
     return table.loc[list(dict.fromkeys(results.method))]
 
-# %% ../nbs/68_inference.ipynb #9db138f9
+# %% ../nbs/68_inference.ipynb #c2f48058
 @dataclass(frozen=True, eq=False)
 class PooledModel:
     "method + seed + rest, fitted to the runs of one task by one metric"
@@ -81,18 +81,18 @@ class PooledModel:
         mean, se = self._estimate(better, worse)
         return _tail(margin - abs(mean), se, self.df)
 
-# %% ../nbs/68_inference.ipynb #26ecf80b
+# %% ../nbs/68_inference.ipynb #2258710d
 def _tail(mean, se, df):
     "P(t > mean/se), also where no run strays at all"
     return float(stats.t.sf(mean/se, df)) if se else {1: 0., 0: .5, -1: 1.}[int(np.sign(mean))]
 
-# %% ../nbs/68_inference.ipynb #fa2f961b
+# %% ../nbs/68_inference.ipynb #bf7c0e4b
 def _check_positive(name, value):
     if not (np.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value}; a difference above 0 was expected, "
                          "such as 0.005 (half a point).")
 
-# %% ../nbs/68_inference.ipynb #bbf76c6b
+# %% ../nbs/68_inference.ipynb #4d4371f5
 def pooled_model(
     results: pd.DataFrame, # task, method, seed, metric, value: of one task and metric; runs may be missing
 ) -> PooledModel:
@@ -101,26 +101,28 @@ def pooled_model(
     _check_table(table)
     there, n = table.notna().to_numpy(), len(table)
     fit = OLS(table.to_numpy()[there], _design(there)).fit()
-    sd = fit.scale**.5 if fit.scale**.5 > 1e-12*table.abs().max(axis=None) else 0. # but for rounding
+    means = fit.params[:n]
+    if (sd := fit.scale**.5) < 1e-12*table.abs().max(axis=None): # rounding alone
+        sd, means = 0., means.round(12)
     covariance = pd.DataFrame(fit.normalized_cov_params[:n, :n]*sd**2, table.index, table.index)
     residuals = pd.DataFrame(_placed(fit.resid, there), table.index, table.columns)
-    return PooledModel(*results[['task', 'metric']].iloc[0], pd.Series(fit.params[:n], table.index),
+    return PooledModel(*results[['task', 'metric']].iloc[0], pd.Series(means, table.index),
                        covariance, residuals, float(sd), int(fit.df_resid))
 
-# %% ../nbs/68_inference.ipynb #bcb0b976
+# %% ../nbs/68_inference.ipynb #614fc0c5
 def _placed(values, there):
     "Values back in their table (methods, seeds), NaN elsewhere"
     table = np.full(there.shape, np.nan)
     table[there] = values
     return table
 
-# %% ../nbs/68_inference.ipynb #5f64a7e1
+# %% ../nbs/68_inference.ipynb #1f96302e
 def _shares(draws, own, df):
     "Each method's mean square over that of all (n, methods), from residuals (n, runs)"
     squares = draws**2 @ own
     return squares/df/(squares.sum(-1, keepdims=True)/df.sum())
 
-# %% ../nbs/68_inference.ipynb #20460f71
+# %% ../nbs/68_inference.ipynb #acbce23a
 def spread_check(
     model: PooledModel,
     draws: int=9999, # of studies whose runs all stray alike
@@ -140,19 +142,19 @@ def spread_check(
     table = pd.DataFrame(dict(runs=there.sum(1), df=df, sd=found**.5*model.sd, p=p), model.means.index)
     return table.where((df > 1e-6)[:, None] | (table.columns == 'runs'))
 
-# %% ../nbs/68_inference.ipynb #db861e60
+# %% ../nbs/68_inference.ipynb #0e357f6c
 def _power_to_differ(effect, df, alpha, seeds):
     "Of a two-sided t test of a difference that is `effect` times its sd"
     return float(TTestPower().power(effect, seeds, alpha, df=df, alternative='two-sided'))
 
-# %% ../nbs/68_inference.ipynb #b7fbb011
+# %% ../nbs/68_inference.ipynb #86d7f8d9
 def _power_to_equate(margin, df, alpha, seeds):
     "Of two one-sided t tests where there is no difference; the margin in sds of a difference of runs"
     measured = (stats.chi2.ppf((np.arange(500) + .5)/500, df)/df)**.5 # sd, as a share of the true one
     high = margin*seeds**.5 - stats.t.ppf(1 - alpha, df)*measured
     return float(np.maximum(2*stats.norm.cdf(high) - 1, 0).mean())
 
-# %% ../nbs/68_inference.ipynb #8be9b470
+# %% ../nbs/68_inference.ipynb #4b3db543
 def power(
     sd: float,                  # how far a run strays: `PooledModel.sd`
     seeds: int,                 # of every method
@@ -174,10 +176,10 @@ def power(
     if question == 'difference': return _power_to_differ(effect, df, alpha, seeds)
     return _power_to_equate(effect, df, alpha, seeds)
 
-# %% ../nbs/68_inference.ipynb #2ead9518
-_most = 100_000 # seeds: more are not looked for
+# %% ../nbs/68_inference.ipynb #1dc20fb1
+_most = 2**17 # seeds: more are not looked for
 
-# %% ../nbs/68_inference.ipynb #9a8925dc
+# %% ../nbs/68_inference.ipynb #30e64ff7
 def seeds_to_decide(
     sd: float,         # how far a run strays: `PooledModel.sd`
     odds: float=.8,    # of deciding
@@ -186,15 +188,17 @@ def seeds_to_decide(
     "The fewest seeds with which a study decides with these odds"
     if not 0 < odds < 1:
         raise ValueError(f"odds is {odds}; a share between 0 and 1 was expected, such as 0.8.")
-    return 2 + bisect_left(range(2, _most), odds, key=lambda seeds: power(sd, seeds, **how))
+    enough, top = lambda seeds: power(sd, seeds, **how), 4
+    while top < _most and enough(top) < odds: top *= 2
+    return 2 + bisect_left(range(2, top), odds, key=enough)
 
-# %% ../nbs/68_inference.ipynb #a4586e3d
+# %% ../nbs/68_inference.ipynb #9370e392
 def _verdict(mean, differs, same):
     "In words, from what the two tests say"
     if not differs: return 'the same within the margin' if same else 'undecided'
     return ('better' if mean > 0 else 'worse') + (', by less than the margin' if same else '')
 
-# %% ../nbs/68_inference.ipynb #06d65f94
+# %% ../nbs/68_inference.ipynb #bef48a1b
 def _row(model, claim, margin, level):
     "What the model of a task says about a claim, by itself"
     n = int((model.residuals.loc[claim.better] + model.residuals.loc[claim.worse]).count())
@@ -202,7 +206,7 @@ def _row(model, claim, margin, level):
                 metric=model.metric, n=n, **model.difference(claim.better, claim.worse, level),
                 p_same=model.p_same(claim.better, claim.worse, margin), sd=model.sd, methods=len(model.means))
 
-# %% ../nbs/68_inference.ipynb #0ed03d40
+# %% ../nbs/68_inference.ipynb #1155dc17
 def _rows(results, claims, margin, level):
     "A row for each claim and each task that has both its methods"
     models = [pooled_model(g) for _, g in results.groupby(['task', 'metric'], sort=False)]
@@ -215,15 +219,16 @@ def _rows(results, claims, margin, level):
                              f"{claim.text!r}. Run them, or leave the claim out. There are: {there}.")
         yield from rows
 
-# %% ../nbs/68_inference.ipynb #49bdf193
+# %% ../nbs/68_inference.ipynb #ca9c8ee0
 def _seeds(open_rows, left, margin, level, question):
     "The seeds each open row would take; `left`: how many the test has not decided"
     rows = list(zip(open_rows.sd, open_rows.methods))
+    if not rows: return []
     how = dict(size=margin, question=question, alpha=(1 - level)/left)
     needed = {row: seeds_to_decide(row[0], methods=row[1], **how) for row in set(rows)} # the same for many
     return [needed[row] for row in rows]
 
-# %% ../nbs/68_inference.ipynb #8e3181dd
+# %% ../nbs/68_inference.ipynb #34acd6b6
 def decide(
     results: pd.DataFrame, # task, method, seed, metric, value; the runs of a study, without its teachers
     claims: tuple,         # of values with `text`, `better` and `worse`
@@ -249,6 +254,6 @@ def decide(
         told[f'seeds_to_{name}'] = needed
     return told[_decided]
 
-# %% ../nbs/68_inference.ipynb #34d6c704
+# %% ../nbs/68_inference.ipynb #38ba08d1
 _decided = ['claim', 'difference', 'task', 'metric', 'n', 'mean', 'se', 'df', 'low', 'high', 'p', 'p_holm',
             'p_same', 'p_same_holm', 'margin', 'verdict', 'seeds_to_differ', 'seeds_to_same']
