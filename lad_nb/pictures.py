@@ -60,7 +60,7 @@ SHARE_TITLES = { # (what, kind): what a picture of shares is of
     ('content', 'gate'):    'Content shares: what arrived in each gate',
     ('content', 'student'): 'Content shares: what each student layer learned from',
     ('mixing', 'gate'):     'Mixing weights: how each gate is set',
-    ('mixing', 'student'):  'Attention weights of each student layer'}
+    ('mixing', 'student'):  'Layer weights: what each student layer took'}
 
 # %% ../nbs/55_pictures.ipynb #41ef114a
 def readers_of(

@@ -166,6 +166,7 @@ class Drawn(Source):
         told = F.one_hot(torch.tensor(k - 1), len(states.teacher)).to(target)
         return target, told.expand(target.shape[0], -1)
 
+    def layers(self, T): return range(self.place, T - self.of + self.place + 1) # drawn in sorted order
     def __str__(self): return f'layer {self.place} of {self.of} drawn'
 
 # %% ../nbs/21_targets.ipynb #9ab96534
