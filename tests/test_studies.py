@@ -324,7 +324,7 @@ def test_kept_answers_of_a_regression():
 
 
 def test_kept_answers_are_small():
-    """Little more than two kilobytes for 1,000 rows, labels included, in answers as spread as those of a trained model."""
+    """Little more than two kilobytes for 1,000 rows, labels included, in answers as a trained model's."""
     rng = np.random.default_rng(3)
     logits = np.sign(rng.normal(size=(8872, 2)))*2 + rng.normal(size=(8872, 2))
     kept = line_of('sst2', logits.astype(np.float32), logits.argmax(-1))['answers']
@@ -344,7 +344,7 @@ def crossed(tiny):
 
 @pytest.fixture(scope='module')
 def crossed_done(crossed, tmp_path_factory):
-    """That study, done: stopped in the middle of tuning and of the grid, and started again by two processes."""
+    """That study, done: stopped in tuning and after it, and started again by two processes."""
     folder, said = tmp_path_factory.mktemp('crossed'), []
     def stop(text):
         said.append(text)
@@ -512,7 +512,7 @@ def test_old_lines_agree_with_whoever_agrees(crossed, crossed_done, tmp_path):
     (dict(tries=dict(toy=dict(LAD=(dict(lr=1.),), KD=(dict(lr=1.), dict(lr=2.))))), '1 for LAD, 2 for KD'),
     (dict(tries=dict(toy=dict(LAD=(dict(lr=1.),)))), 'has none for KD'),
     (dict(tries=dict(toy=dict(LAD=(dict(lr=1.),)*2, KD=(dict(lr=1.),)*2))), 'names one twice'),
-    (dict(tries=dict(toy=dict(LAD=(dict(seed=1),), KD=(dict(lr=1.),)))), 'changes seed; settings of training'),
+    (dict(tries=dict(toy=dict(LAD=(dict(seed=1),), KD=(dict(lr=1.),)))), 'changes seed; settings of'),
     (dict(lrs=dict(toy=(1e-4,))), 'lrs and tries both'),
     (dict(held_out=dict(toy=10)), 'held_out and unseen both'),
     (dict(unseen=dict(toy=(0, 0))), 'two numbers of rows'),
