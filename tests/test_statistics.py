@@ -10,7 +10,7 @@ from scipy import stats
 from statsmodels.stats.weightstats import ttost_paired
 
 from lad_nb.inference import decide, pooled_model, power, seeds_to_decide, spread_check
-from lad_nb.resampling import multi_bootstrap, probability_of_improvement
+from lad_nb.statistics import multi_bootstrap, probability_of_improvement
 
 
 def study(methods=5, seeds=6, sd=.005, missing=(), seed=0, **means):
