@@ -83,4 +83,5 @@ secondary = (
           'scalar mix by task'),
     Claim('ours', 'CKA is a better match than the squared error', 'LAD by CKA', 'LAD'),
     Claim('ours', 'relations are a better match than the squared error', 'LAD by relations', 'LAD'),
-    Claim('ours', 'LAD is better than BERT-PKD as the scripts scale both', 'LAD unscaled', 'BERT-PKD unscaled'))
+    Claim('ours', 'LAD is better than BERT-PKD as the scripts scale both', 'LAD unscaled',
+          'BERT-PKD unscaled'))
