@@ -45,9 +45,9 @@ further = {
     'BERT-PKD unscaled':  dict(method='bert_pkd', target_norm='none')}
 
 # %% ../nbs/69_gates_study.ipynb #19c0a03b
-_rates = tuple(dict(lr=lr) for lr in (1e-4, 3e-4, 9e-4, 1.6e-3, 2.7e-3))
-_with_mu = (*(dict(lr=lr, mu=100.) for lr in (3e-4, 9e-4, 2.7e-3)),
-            *(dict(lr=9e-4, mu=mu) for mu in (10., 1000.)))
+_rates = tuple(dict(lr=lr) for lr in (1e-4, 3e-4, 9e-4, 2e-4, 5e-4))
+_with_mu = (*(dict(lr=lr, mu=100.) for lr in (3e-4, 9e-4, 1e-4)),
+            *(dict(lr=3e-4, mu=mu) for mu in (10., 1000.)))
 def _tries(how): return _rates if how['method'] in ('undistilled', 'kd') else _with_mu
 
 tries = {name: _tries(how) for name, how in (methods | further).items()}
