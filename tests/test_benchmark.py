@@ -1,7 +1,10 @@
 """Speed is kept: ratios within one process, with wide margins; seconds would depend on the machine."""
+import pytest
+
 from lad_nb.benchmark import benchmark
 
 
+@pytest.mark.slow
 def test_exact_mode_beats_the_plain_loop_and_the_cache_beats_both():
     modes = ('plain', 'exact', 'fast_cached')
     found = benchmark('minilm', rounds=3, updates=1, rows=16, task='toy', max_seq_len=128, batch_size=8,

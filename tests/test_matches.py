@@ -445,7 +445,11 @@ class Draws(TrainerCallback):
         self.seen.append(model.objective.drawn)
 
 
-@pytest.mark.parametrize('method', NEW)
+QUICK = ('scalar_mix_by_task', 'random_layers', 'two_sources')  # the others take no other way
+EACH = [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in NEW]
+
+
+@pytest.mark.parametrize('method', EACH)
 def test_every_new_method_runs(quick, several, tmp_path, method):
     """From recipe to layer map; stopped in its middle, it goes on to the same bytes."""
     recipe = quick.replace(experiment='whole', method=method, log_step=1, total_step=4, gate_lr=3e-3)

@@ -102,7 +102,8 @@ def kill(folder, model, updates, sent, after, working):
         parent.wait()
 
 
-@pytest.mark.parametrize('moments, updates', [(1, 60), pytest.param(20, 120, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('moments, updates', [(1, 60), (20, 120)])
 def test_a_study_of_two_processes_killed_at_its_parent(tiny, tmp_path, moments, updates):
     """SIGKILL and SIGTERM at random moments, half of them while runs go on; started again until whole."""
     seed = int(os.environ.get('LAD_NB_SEED') or random.randrange(10**6))
