@@ -136,7 +136,7 @@ def test_a_study_compares_gates(quick, tmp_path):
 
 def test_the_command_line_names_it(quick, tmp_path, capsys):
     flags = f'--experiment x --task toy --num_hidden_layers 2 --teacher {quick.teacher} --device_id -1'
-    line = f'run_distil {flags} --ptrain_ver {quick.teacher} --max_seq_len 32 --root {tmp_path} --dry_run'
+    line = f'run_lad_distil {flags} --ptrain_ver {quick.teacher} --max_seq_len 32 --root {tmp_path} --dry_run'
     assert main([*line.split(), '--gate', 'tempered']) == 0
     assert json.loads(capsys.readouterr().out)['recipe']['gate'] == 'tempered'
     assert main([*line.split(), '--gate', 'temperd']) != 0
