@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DistilOutput', 'check_weights', 'logit_losses', 'pair_losses', 'GatesAndProjections', 'HiddenObjective', 'task_loss',
-           'Objective', 'GateMeasures', 'layer_amounts', 'SourceMeasures', 'check_fit', 'inputs_of', 'teachers_batch',
-           'last_layer_says', 'FrozenTeacher', 'Distiller']
+           'WeighedParts', 'Objective', 'GateMeasures', 'layer_amounts', 'SourceMeasures', 'check_fit', 'inputs_of',
+           'teachers_batch', 'last_layer_says', 'TeachersHead', 'FrozenTeacher', 'Distiller']
 
 # %% ../nbs/24_distiller.ipynb #971d164e
 import contextlib
@@ -147,9 +147,10 @@ class HiddenObjective(GatesAndProjections):
     def redraw(self,
         seed: int,  # of the run
         epoch: int, # from 0
-    ):
+    ) -> tuple:     # of layer numbers
         "Draw teacher layers for an epoch, where the mapping has sources that are drawn"
         for of in self.mapping.draws: self.drawn = draw_layers(self.mapping.T, of, seed, epoch)
+        return self.drawn
 
     def states(self,
         student_hidden: list,               # M tensors (B, S, H of the student)
@@ -162,7 +163,7 @@ class HiddenObjective(GatesAndProjections):
         teacher = [widen(h) if k in direct else h for k, h in enumerate(teacher_hidden, start=1)]
         wide = [project[str(m)](h) if str(m) in project else h for m, h in enumerate(student_hidden, start=1)]
         wide = [widen(h) for h in wide]
-        return States(teacher, wide, aggregates.state, attention_mask, drawn=self.drawn)
+        return States(teacher, wide, aggregates.state, attention_mask, drawn=self.drawn or self.redraw(0, 0))
 
     def hidden_losses(self,
         student_hidden: list,               # M tensors (B, S, H of the student)
@@ -185,13 +186,14 @@ class HiddenObjective(GatesAndProjections):
 
 # %% ../nbs/24_distiller.ipynb #efae61b5
 def task_loss(
-    mapping: Mapping,        # trained_by='task'
+    mapping: Mapping,
     targets: list,           # P tensors (B, S, H), attached to what made them
     head,                    # (B, S, H) -> (B, C): the teacher's
     labels: Tensor | None,   # (B,)
     regression: bool=False,  # as in `losses.hard_loss`
-) -> Tensor:                 # scalar
+) -> Tensor | None:          # scalar; None where the task trains no source
     "The mean over sources that learn: how well the teacher's head does on them"
+    if mapping.trained_by != 'task': return
     if head is None or labels is None:
         lacks = "the teacher's head" if head is None else 'labels'
         raise ValueError(f"In {mapping.name} the task trains the sources, and this batch came without "
@@ -199,8 +201,27 @@ def task_loss(
     read = [target for target, learns in zip(targets, mapping.learns) if learns]
     return torch.stack([hard_loss(head(target), labels, regression) for target in read]).mean()
 
+# %% ../nbs/24_distiller.ipynb #c6e2a6db
+class WeighedParts:
+    "How the parts of a loss are added up; for a class that has the weights"
+    @property
+    def weights(self) -> dict: # {part: weight}
+        "What each part of the loss is multiplied by, before they are added up"
+        hidden = [part for part in self.mapping.parts if part != 'task']
+        return (dict(hard=self.hard_weight, soft=self.soft_weight)
+                | dict.fromkeys(hidden, self.mu/self.mapping.M)
+                | ({'task': 1.} if self.mapping.trained_by == 'task' else {}))
+
+    def add_up(self,
+        out: DistilOutput, # its parts
+    ) -> Tensor:           # scalar
+        "The loss"
+        loss = self.hard_weight*out.hard + self.soft_weight*out.soft
+        loss = loss + self.mu/self.mapping.M*out.hidden.sum()
+        return loss if out.task is None else loss + out.task
+
 # %% ../nbs/24_distiller.ipynb #803e5855
-class Objective(HiddenObjective):
+class Objective(WeighedParts, HiddenObjective):
     "Gates, projections and the three losses of one mapping; works on states"
     def __init__(self,
         mapping: Mapping,                     # what each student layer learns from
@@ -214,25 +235,14 @@ class Objective(HiddenObjective):
         mu: float=500.,                       # of the hidden losses, which share it: mu/M each
         mask_padding: bool=False,             # True: hidden losses average over real tokens only
         regression: bool=False,               # mean squared errors on the logit
-        match: str='mse',                     # how a layer is matched: a key of `losses.matches`
-        target_norm: str='none',              # 'layer': both are normed over H first
+        match: str='mse', target_norm: str='none', # how a layer is matched: see `losses.hidden_loss`
         gate: str | type='highway',           # the gates' class, or its name in `gates.gate_kinds`
     ):
         check_weights(soft_weight, hard_weight, softmax_temp, mu)
         check_match(match, target_norm, mapping.on)
         super().__init__(mapping, hidden_size, student_hidden_size, norm, seq_len, match, gate)
-        self.soft_weight, self.hard_weight, self.softmax_temp = soft_weight, hard_weight, softmax_temp
-        self.mu, self.mask_padding, self.regression = mu, mask_padding, regression
-        self.target_norm = target_norm
-        self.redraw(seed=0, epoch=0)
-
-    @property
-    def weights(self) -> dict: # {part: weight}
-        "What each part of the loss is multiplied by, before they are added up"
-        hidden = [part for part in self.mapping.parts if part != 'task']
-        return (dict(hard=self.hard_weight, soft=self.soft_weight)
-                | dict.fromkeys(hidden, self.mu/self.mapping.M)
-                | ({'task': 1.} if self.mapping.trained_by == 'task' else {}))
+        self.soft_weight, self.hard_weight, self.mu, self.regression = soft_weight, hard_weight, mu, regression
+        self.softmax_temp, self.mask_padding, self.target_norm = softmax_temp, mask_padding, target_norm
 
     def forward(self,
         student_hidden: list,               # M tensors (B, S, H of the student)
@@ -243,7 +253,7 @@ class Objective(HiddenObjective):
         attention_mask: Tensor | None=None, # (B, S)
         output_states: bool=False,          # hand back states, aggregates and targets as well
         tokens: Tensor | None=None,         # scalar: see `losses.hidden_loss`
-        head=None,                          # (B, S, H) -> (B, C): the teacher's, where the task trains sources
+        head=None,                          # (B, S, H) -> (B, C): the teacher's; see `task_loss`
     ) -> DistilOutput:
         "The loss of one batch, and its parts"
         hard, soft = logit_losses(student_logits, teacher_logits, labels, self.soft_weight, self.hard_weight,
@@ -252,10 +262,8 @@ class Objective(HiddenObjective):
         batch = (student_hidden, teacher_hidden, attention_mask)
         losses, states = self.hidden_losses(*batch, self.mask_padding, tokens)
         out.hidden = torch.stack(losses) if losses else hard.new_zeros(0)
-        out.loss = self.hard_weight*hard + self.soft_weight*soft + self.mu/self.mapping.M*out.hidden.sum()
-        if self.mapping.trained_by == 'task':
-            out.task = task_loss(self.mapping, states['targets'], head, labels, self.regression)
-            out.loss = out.loss + out.task
+        out.task = task_loss(self.mapping, states['targets'], head, labels, self.regression)
+        out.loss = self.add_up(out)
         for name, state in states.items() if output_states else (): setattr(out, name, state)
         return out
 
@@ -422,8 +430,21 @@ def last_layer_says(
         setattr(parent, name, layers)
         hook.remove()
 
+# %% ../nbs/24_distiller.ipynb #2f5a7e71
+class TeachersHead:
+    "Asks the head of a teacher alone; for a class that has a `teacher`"
+    def ask_head(self,
+        batch: dict,    # that the states are of: input_ids, attention_mask, token_type_ids
+        hidden: Tensor, # (B, S, H)
+    ) -> Tensor:        # (B, C)
+        "What the teacher's head makes of states in the place of its last layer's; gradients go through"
+        device, teacher = hidden.device, self.teacher
+        if teacher.device.type != device.type: teacher.to(device) # with a cache nobody asked it before
+        batch = {k: v.to(teacher.device) for k, v in inputs_of(teacher, batch).items()}
+        with last_layer_says(teacher, hidden.to(teacher.device)): return teacher(**batch).logits.to(device)
+
 # %% ../nbs/24_distiller.ipynb #717e79fa
-class FrozenTeacher(nn.Module):
+class FrozenTeacher(TeachersHead, nn.Module):
     "Holds a teacher aside, frozen and in eval mode"
     needs_states = False # True: hidden states are needed even when nobody asks for them
     own_ids = False      # True: it reads ids of its own, not the student's
@@ -455,16 +476,6 @@ class FrozenTeacher(nn.Module):
         out = teacher(**batch, output_hidden_states=wanted)
         hidden = [h.to(device) for h in out.hidden_states[1:]] if wanted else None
         return hidden, out.logits.to(device)
-
-    def ask_head(self,
-        batch: dict,    # that the states are of: input_ids, attention_mask, token_type_ids
-        hidden: Tensor, # (B, S, H)
-    ) -> Tensor:        # (B, C)
-        "What the teacher's head makes of states in the place of its last layer's; gradients go through"
-        device, teacher = hidden.device, self.teacher
-        if teacher.device.type != device.type: teacher.to(device) # with a cache nobody asked it before
-        batch = {k: v.to(teacher.device) for k, v in inputs_of(teacher, batch).items()}
-        with last_layer_says(teacher, hidden.to(teacher.device)): return teacher(**batch).logits.to(device)
 
     def ask_beside(self,
         batch: dict,              # what the student reads
@@ -530,6 +541,5 @@ class Distiller(SourceMeasures, FrozenTeacher):
         out = self.student(**inputs_of(self.student, batch),
                            output_hidden_states=output_states or self.needs_states)
         student_hidden = [] if out.hidden_states is None else out.hidden_states[1:]
-        head = None if self.teacher is None else partial(self.ask_head, batch)
         return self.objective(student_hidden, out.logits, teacher_hidden, teacher_logits, labels,
-                              attention_mask, output_states, tokens, head)
+                              attention_mask, output_states, tokens, partial(self.ask_head, batch))

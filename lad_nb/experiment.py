@@ -21,6 +21,7 @@ from .tasks import Task, get_task, own_task_told
 from .data import add_teacher_ids, encode
 from .rows import Rows, count_unlabelled
 from .mappings import Mapping, mapping_from_dict, mapping_to_dict
+from .losses import check_match
 from .distiller import Distiller
 from .models import load_tokenizer, same_tokens
 from .encoders import check_labels, load_classifier, load_encoder, make_classifier
@@ -28,7 +29,8 @@ from .students import SIZES, init_layers, make_student, other_sizes
 from .runs import (PLACES, check_given, check_new, check_sources, experiment_folder, find_checkpoint,
                          end_of, find_experiment, remember, run_description, seen_from, warn_changed)
 from .cache import teacher_cache
-from .health import check_hard_term
+from .health import check_hard_term, check_task
+from .updates import updates_per_epoch
 from .training import DistilArguments, DistilTrainer, check_enough, load_gates, train
 from .recipes import (Recipe, check_recipe, check_schedule, in_updates, mapping_of, recipe_from_dict,
                             student_start)
@@ -236,6 +238,8 @@ def resolve(
     plan = _settle(recipe, Path(root), rows, teacher, encoder, said, given, tuple(search.missing))
     check_sources(said, plan.sources, like)
     check_models(recipe, teacher, encoder, plan.mapping)
+    check_match(recipe.match, recipe.target_norm, plan.mapping.on)
+    if given: check_task(count_unlabelled(rows), len(rows), plan.mapping)
     check_method(said, recipe, plan.mapping, like)
     return plan
 
@@ -406,7 +410,8 @@ def _step_of(place):
 def _last_epoch(said, recipe, step):
     "The epoch, from 0, of the last update before a step: what was drawn then is drawn again"
     rows = (said.get('rows') or {}).get('count', 0)
-    return ((step or recipe.total_step) - 1)//max(1, rows//recipe.batch_size)
+    how = recipe.batch_size, recipe.accum_step, recipe.keep_last_batch
+    return ((step or recipe.total_step) - 1)//updates_per_epoch(rows, *how)
 
 # %% ../nbs/47_experiment.ipynb #edef9b41
 def rerun(

@@ -84,6 +84,8 @@ def plot_layer_map(
 ) -> Axes:
     "What each student layer learned from, as lines as wide as the share; blue ones are below 0"
     if not len(shares) and 'T' not in shares.attrs: check_not_empty(shares, 'shares')
+    layer_of = lambda name: int(float(name)) # the student layer of '2.1', its first of several sources
+    shares = shares.assign(student=shares.student.map(layer_of))
     size = lambda n, column: shares.attrs.get(n) or int(shares[column].max()) # attrs do not survive a file
     T, M = size('T', 'layer'), size('M', 'student')
     ax, column, students = new_axes(ax, .26*T + .9, COLUMN/2), dict(layer=0., student=1.), range(1, M + 1)

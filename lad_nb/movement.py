@@ -54,7 +54,8 @@ def gate_movement(
     run = open_run(folder, step)
     blocks = run[0].objective.blocks()
     if not blocks:
-        raise ValueError(f"{folder} was trained with {run[0].mapping.name}, which learns nothing beside the student.")
+        raise ValueError(f"{folder} was trained with {run[0].mapping.name}, which learns nothing beside the "
+                         "student.")
     fresh, budget = fresh_objective(run).blocks(), movement_budget(run[2], step)
     rows = [dict(block=name) | _moved(block, fresh[name]) for name, block in blocks.items()]
     return pd.DataFrame(rows).assign(budget=budget)

@@ -80,7 +80,7 @@ def plot_gate_shares(
     "Heat map of shares, the last gate on top. Blue is below 0; an empty cell is a layer that is not seen"
     check_not_empty(shares, 'shares')
     label, what = MEASURES[measure_of(shares)]
-    if row == 'student': label = label.replace('mixing weight\n(how the gate is set)', 'attention weight')
+    if row == 'student': label = label.replace('mixing weight\n(how the gate is set)', 'weight of the layer')
     table = _share_table(shares, row)
     more_lines = wrapped(title or what, .775*COLUMN, 9).count('\n')
     ax = new_axes(ax, .2*table.shape[0] + .8 + .14*more_lines)

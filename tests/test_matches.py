@@ -505,16 +505,12 @@ def test_several_sources_are_shown(quick, several, tmp_path):
     assert plot_mapping(mapping_edges(record.mapping)) is not None
 
 
-@pytest.mark.xfail(reason='the picture takes the name of a pair, 2.1, for the number of a layer', strict=True)
 def test_layer_map_of_several_sources(quick, several, tmp_path):
     folder = run(quick.replace(method='two_sources', total_step=2), tmp_path, progress=False)
     assert plot_layer_map(layer_map(folder, rows=16, device_id=-1)) is not None
 
 
-UNEVEN = pytest.mark.xfail(reason='an opened run counts its epochs without their last, smaller batch',
-                           strict=True)
-FORMS = [{}, dict(accum_step=2), pytest.param(dict(keep_last_batch=True), marks=UNEVEN),
-         pytest.param(dict(keep_last_batch=True, accum_step=2), marks=UNEVEN)]
+FORMS = [{}, dict(accum_step=2), dict(keep_last_batch=True), dict(keep_last_batch=True, accum_step=2)]
 
 
 @pytest.mark.parametrize('form', FORMS, ids=str)
@@ -630,7 +626,6 @@ def test_rows_without_a_label_train_no_gate():
     near(out.task, slow)
 
 
-@pytest.mark.xfail(reason='the gates would be trained by nothing, and nobody says so', strict=True)
 def test_a_task_without_any_label(quick, tmp_path):
     """Rows without any label have no task: said before anything is trained."""
     recipe = quick.replace(method='lad_by_task', hard_weight=0., train_size=None)
