@@ -27,7 +27,7 @@ from .models import load_tokenizer, same_tokens
 from .encoders import check_labels, load_classifier, load_encoder, make_classifier
 from .students import SIZES, init_layers, make_student, other_sizes
 from .runs import (PLACES, check_given, check_new, check_sources, experiment_folder, find_checkpoint,
-                         find_experiment, remember, run_description, seen_from)
+                         end_of, find_experiment, remember, run_description, seen_from, warn_changed)
 from .cache import teacher_cache
 from .health import check_hard_term, check_task
 from .updates import updates_per_epoch
@@ -301,7 +301,7 @@ def distiller_of(
     "Student, teacher and objective in one module"
     return Distiller(student, teacher, None if teacher is None else mapping, own_ids, norm=recipe.norm,
                      seq_len=recipe.max_seq_len, mask_padding=recipe.mask_padding, match=recipe.match,
-                     target_norm=recipe.target_norm, **recipe.loss)
+                     target_norm=recipe.target_norm, gate=recipe.gate, **recipe.loss)
 
 # %% ../nbs/47_experiment.ipynb #90c21105
 def reader_of(
@@ -391,7 +391,7 @@ def open_run(
     "A run's distiller as it was"
     folder = Path(folder)
     said = run_description(folder)
-    recipe, place = recipe_from_dict(said), folder if step is None else find_checkpoint(folder, step)
+    recipe, place = recipe_from_dict(said), end_of(folder) if step is None else find_checkpoint(folder, step)
     student = load_classifier(place, recipe.task)
     tokenizer = load_tokenizer(place)
     if said.get('teacher'):
@@ -399,8 +399,13 @@ def open_run(
         distiller, tokenizer = join_teacher(student, tokenizer, teacher_of(folder, said), recipe.task, make)
     else: distiller = distiller_of(recipe, student, None, None)
     load_gates(distiller.objective, place)
-    distiller.objective.redraw(recipe.seed, _last_epoch(said, recipe, step))
+    distiller.objective.redraw(recipe.seed, _last_epoch(said, recipe, _step_of(place)))
+    warn_changed(said, folder, 'It is opened with the code that is here.')
     return distiller.eval(), tokenizer, recipe
+
+def _step_of(place):
+    "The update of a checkpoint; None for the end of a run"
+    return int(place.name.rpartition('-')[2]) if place.name.startswith('checkpoint-') else None
 
 def _last_epoch(said, recipe, step):
     "The epoch, from 0, of the last update before a step: what was drawn then is drawn again"
@@ -421,6 +426,7 @@ def rerun(
     folder = Path(folder)
     said = run_description(folder)
     recipe = recipe_from_dict(said)
+    warn_changed(said, folder, 'The new run may end in other bytes.')
     changes = dict(experiment=experiment or f'{recipe.experiment}_rerun',
                    precision=said.get('precision') or recipe.precision,
                    ptrain_ver=own_model(recipe.ptrain_ver, folder, allow_hub))

@@ -18,6 +18,7 @@ from .values import (
     WEIGHT, Range)
 from .settings import Settings, setting, with_help
 from .tasks import get_task, splits
+from .gates import find_gate
 from .mappings import Mapping, make_mapping, methods
 from .losses import matches
 from .distiller import check_weights
@@ -57,6 +58,8 @@ class _Teacher(Settings):
     student_indices: tuple | None = student_setting(None,
         'student layers that learn from them, in the same order', LAYERS)
     reverse_gate: bool = student_setting(False, 'teacher layers enter the gates from T down to 1')
+    gate: str = student_setting('highway',
+        'kind of gate: highway, or one of your own that gates.gate_kinds names', always_said=False)
 
 # %% ../nbs/45_recipes.ipynb #d2920206
 @dataclass(frozen=True, repr=False)
@@ -329,6 +332,7 @@ def check_names(recipe):
     if recipe.distils and recipe.method.replace('-', '_') not in methods:
         there = ', '.join(['fine_tune', 'undistilled', *methods])
         raise ValueError(f"There is no method {recipe.method!r}. Methods are: {there}.")
+    if recipe.distils: find_gate(recipe.gate)
     if recipe.match not in matches:
         raise ValueError(f"There is no match {recipe.match!r}. Matches are: {', '.join(matches)}.")
     for name in ('model', 'tmodel'):

@@ -23,7 +23,7 @@ from .data import collator, two_collators
 from .distiller import Distiller, Objective
 from .models import check_model
 from .encoders import fit_weights, quiet_loading
-from .runs import check_new, check_same, checkpoints, sound_checkpoint, versions
+from .runs import check_new, check_same, checkpoints, sound_checkpoint, what_ran
 from .cache import TeacherCache, check_cache
 from .health import check_finite, check_labelled, check_teacher
 from .updates import (
@@ -295,7 +295,8 @@ def _prepare(folder, description, resume):
 def _describe(folder, description):
     "recipe.json, unless the run began before"
     if (folder/'recipe.json').exists(): return
-    write_text(folder/'recipe.json', json.dumps(description | dict(versions=versions()), indent=1) + '\n')
+    told = description | dict(versions=what_ran(description))
+    write_text(folder/'recipe.json', json.dumps(told, indent=1) + '\n')
 
 # %% ../nbs/44_training.ipynb #7ae5de13
 def _run(trainer, last):
