@@ -71,7 +71,8 @@ def check_new(
     if all(p.name == LOCK for p in folder.iterdir()): return
     there = ', '.join(sorted(p.name for p in folder.iterdir())[:4])
     raise FileExistsError(f"{shown(folder)} exists and holds {shown(there)}, ... Resume it "
-                          "(resume=True, --resume), choose another experiment name, or delete it.")
+                          "(resume=True, --resume), write over it (overwrite=True, --overwrite), or choose "
+                          "another experiment name.")
 
 # %% ../nbs/40_runs.ipynb #7439ae1d
 def _numbered(folder):

@@ -238,7 +238,7 @@ def test_installed_command():
     assert done.returncode == 2 and 'Traceback' not in done.stderr
 
 
-ONE_LINE = "    patience: int = setting(3, 'scores without a gain before training stops', COUNT)\n"
+ONE_LINE = "    pause: int = setting(3, 'seconds that a training rests between two updates', COUNT)\n"
 TRAINING = ['run_fine_tune', 'run_lad_distil', 'run_probing_lad', 'run_lad_no_distil', 'run_alp_distil',
             'run_pkd_distill', 'run_probing', 'distil']
 
@@ -259,17 +259,17 @@ def new_field(tmp_path_factory):
 
 def test_a_new_field_is_a_checked_flag_with_help_and_in_the_tables(new_field):
     assert list(new_field['help']) == TRAINING
-    what = 'scores without a gain before training stops'
+    what = 'seconds that a training rests between two updates'
     assert all(f'{what} (default 3)' in said for said in new_field['help'].values())
     code, out, err = new_field['refused']
-    assert code == 2 and 'patience is 0; a whole number from 1' in err and out == ''
+    assert code == 2 and 'pause is 0; a whole number from 1' in err and out == ''
     assert new_field['row'] == [5, 3, what]
-    assert new_field['columns'] == ['patience']
+    assert new_field['columns'] == ['pause']
 
 
 def test_a_new_field_is_in_the_plan(new_field):
     code, out, err = new_field['planned']
-    assert code == 0 and '"patience": 5' in out, err
+    assert code == 0 and '"pause": 5' in out, err
 
 
 def test_recipes_travel():
