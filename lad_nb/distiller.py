@@ -231,12 +231,11 @@ class Objective(WeighedParts, HiddenObjective):
         seq_len: int | None=None,             # S, for norm='sequence'
         soft_weight: float=0.7,               # of the soft loss
         hard_weight: float=0.3,               # of the hard loss
-        softmax_temp: float=5.,               # tau
-        mu: float=500.,                       # of the hidden losses, which share it: mu/M each
+        softmax_temp: float=5., mu: float=500., # tau; weight of the hidden losses, mu/M each
         mask_padding: bool=False,             # True: hidden losses average over real tokens only
         regression: bool=False,               # mean squared errors on the logit
         match: str='mse', target_norm: str='none', # how a layer is matched: see `losses.hidden_loss`
-        gate: str | type='highway',           # the gates' class, or its name in `gates.gate_kinds`
+        gate: str | type='highway',           # as in `GatesAndProjections`
     ):
         check_weights(soft_weight, hard_weight, softmax_temp, mu)
         check_match(match, target_norm, mapping.on)
