@@ -23,7 +23,8 @@ from .data import collator, two_collators
 from .distiller import Distiller, Objective
 from .models import check_model
 from .encoders import fit_weights, quiet_loading
-from .runs import check_new, check_same, checkpoints, sound_checkpoint, versions
+from .model_card import leave_card
+from .runs import check_new, check_same, checkpoints, read_log, sound_checkpoint, versions
 from .cache import TeacherCache, check_cache
 from .health import check_finite, check_labelled, check_teacher
 from .updates import (
@@ -349,4 +350,5 @@ def train(
     if first: check_new(folder, resume)
     with lock_folder(folder) if first else contextlib.nullcontext():
         _train(trainer, folder, description or {}, resume)
+        if first: leave_card(folder, read_log(folder))
     return folder
