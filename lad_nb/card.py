@@ -18,7 +18,7 @@ from .models import load_tokenizer, same_tokens
 from .model_card import is_ours, size_of, write_card
 from .rows import Rows
 from .runs import read_log, run_description
-from .recipes import Recipe, recipe_from_dict
+from .recipes import recipe_from_dict
 from .sources import teacher_of
 from .evaluation import costs, evaluate
 from .analysis import gate_shares

@@ -12,24 +12,25 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .tasks import get_task
+from .model_card import dev_numbers
 from .runs import read_log, run_description
 from .recipes import recipe_from_dict, recipe_table
 from .evaluation import evaluate
 from .style import paper_style
 
-# %% ../nbs/74_compare.ipynb #04740d0f
-_losses = dict(loss='loss', hard='hard loss', eval_loss='dev loss')
+# %% ../nbs/74_compare.ipynb #a75c9028
+def _points(line, metrics, eval_on):
+    "What a log line has for curves: (step, what, value)"
+    losses = {name: line[k] for k, name in (('loss', 'loss'), ('hard', 'hard loss')) if k in line}
+    numbers = dev_numbers(line, eval_on)
+    known = ('loss', *metrics)
+    dev = {f'dev {k}': v for k, v in numbers.items() if k in known or k.split('_m')[0] in known}
+    return [(line['step'], what, value) for what, value in (losses | dev).items()]
 
-def _named(key, metrics):
-    "What a number of the log is called here; None for what is not drawn"
-    if key in _losses: return _losses[key]
-    name = key.removeprefix('eval_')
-    known = key.startswith('eval_') and any(name == m or name.startswith(f'{m}_m') for m in metrics)
-    return f'dev {name}' if known else None
-
-# %% ../nbs/74_compare.ipynb #758e7c64
+# %% ../nbs/74_compare.ipynb #2e5d558b
 def _scored(folder):
     "Lines of a table of scores, as the log would have them"
     path = Path(folder)/'eval-dev.csv'
@@ -40,10 +41,10 @@ def curves_of(
     folder: str | Path, # a run folder
 ) -> pd.DataFrame:      # step, what ('loss', 'hard loss', 'dev loss', 'dev accuracy', ..), value
     "All curves of a run that its folder has"
-    metrics = get_task(run_description(folder)['recipe']['task']).metrics
-    lines = [*read_log(folder), *_scored(folder)]
-    found = [(line['step'], _named(k, metrics), v) for line in lines for k, v in line.items()]
-    found = [row for row in found if row[1] is not None]
+    recipe = run_description(folder)['recipe']
+    metrics, on = get_task(recipe['task']).metrics, recipe.get('eval_on')
+    found = [point for line in read_log(folder) for point in _points(line, metrics, on)]
+    found += [point for line in _scored(folder) for point in _points(line, metrics, None)]
     table = pd.DataFrame(found, columns=['step', 'what', 'value']).astype(dict(step=int, value=float))
     return table.drop_duplicates(['step', 'what'], keep='last').sort_values('step', kind='stable')
 
@@ -101,14 +102,16 @@ def _shown(curves):
 def _draw(curves, names):
     "A panel for each curve, a colour for each run"
     panels, colours = _shown(curves), sns.color_palette('colorblind', max(len(names), 1))
-    size = (max(3.3, 1.9*len(panels)), 1.9 + .13*len(names))
+    size = (max(3.3, 1.9*len(panels)), 1.8 + .14*-(-len(names)//min(3, len(panels))))
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout='constrained', squeeze=False)
     for ax, what in zip(axes.flat, panels):
         for name, colour in zip(names, colours):
             mine = curves[(curves.run == name) & (curves.what == what)]
             ax.plot(mine.step, mine.value, color=colour, marker='.' if len(mine) < 20 else None, label=name)
         ax.set(title=what, xlabel='updates')
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc='outside lower center')
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc='outside lower center',
+                  ncols=min(3, len(panels)))
     return axes.flatten()
 
 # %% ../nbs/74_compare.ipynb #80f30fb6

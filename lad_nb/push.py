@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from .durable import CHECKSUMS, LOCK, check_links, find_damage, read_json
+from .durable import CHECKSUMS, check_links, find_damage, read_json
 from .model_card import leave_card, make_card
 from .runs import read_log, run_description
 from .card import PICTURE

@@ -183,7 +183,7 @@ def test_a_run_on_a_hub(done, hub, tmp_path):
     code, out, err = pushed(done, hub.url)
     assert code == 0 and f'{hub.url}/me/student' in out, err
     assert SENT <= hub.files.keys() <= SENT | {PICTURE}
-    assert hub.made['private'] is True and hub.tokens == {f'Bearer {TOKEN}'}
+    assert hub.made['visibility'] == 'private' and hub.tokens == {f'Bearer {TOKEN}'}
     there = tmp_path/done.name
     there.mkdir()
     for name, raw in hub.files.items(): (there/name).write_bytes(raw)
@@ -195,7 +195,7 @@ def test_all_of_a_run(done, hub):
     code, _, err = pushed(done, hub.url, '--all', '--public')
     assert code == 0, err
     assert SENT | {'log.jsonl', 'checkpoint-4/optimizer.pt'} <= hub.files.keys()
-    assert not any(name.startswith('.') for name in hub.files) and hub.made['private'] is False
+    assert not any(name.startswith('.') for name in hub.files) and hub.made['visibility'] == 'public'
 
 
 @pytest.mark.parametrize('how, says', [
