@@ -329,6 +329,44 @@ def _rerun(args):
     _open_own_task(run_setting(args.folder, 'data_dir'))
     _say(rerun(args.folder, args.experiment, args.resume, allow_hub=args.allow_hub))
 
+# %% ../nbs/78_cli.ipynb #4e4b9494
+def _add_card(commands):
+    what = "write a run's README.md anew: dev scores of student and teacher, sizes, and what its gates took"
+    parser = _add_command(commands, 'card', what, _card)
+    parser.add_argument('folder', help='a finished run folder')
+    parser.add_argument('--data_dir', help="folder of the task's TSV files; the run's by default")
+    parser.add_argument('--speed', action='store_true', help='say how long a sentence takes, too')
+    parser.add_argument('--batch_size', type=whole_number, default=256, help='rows at a time (default 256)')
+    parser.add_argument('--device_id', type=whole_number, help='-1 is the CPU, else a CUDA index')
+
+def _card(args):
+    from lad_nb.runs import run_setting
+    from lad_nb.card import card
+    _open_own_task(args.data_dir or run_setting(args.folder, 'data_dir'))
+    how = dict(batch_size=args.batch_size, device_id=args.device_id)
+    _say(card(args.folder, args.data_dir, speed=args.speed, **how))
+
+# %% ../nbs/78_cli.ipynb #69a8f4b8
+def _add_push(commands):
+    what = 'send a run to the hub: student, gates, recipe and card, to a private repository'
+    parser = _add_command(commands, 'push', what, _push)
+    parser.add_argument('folder', help='a finished run folder')
+    parser.add_argument('repo', help='OWNER/NAME on the hub; made, if it is not there')
+    parser.add_argument('--all', dest='everything', action='store_true',
+                        help='checkpoints with their optimiser, logs and scores, too')
+    parser.add_argument('--public', action='store_true', help='a new repository is for all to see')
+    _add_dry_run(parser, 'list the files that would be sent')
+
+def _push(args):
+    from lad_nb.push import files_to_push, push
+    if not args.dry_run: return _say(push(args.folder, args.repo, args.everything, args.public))
+    table = files_to_push(args.folder, args.everything)
+    _say(*(f'{size:>14,}  {name}' for name, size in table.itertuples(index=False)),
+         f"{table['bytes'].sum():>14,}  bytes in {len(table)} files would go to {args.repo}")
+
+def _add_sharing(commands):
+    for add in (_add_card, _add_push): add(commands)
+
 # %% ../nbs/78_cli.ipynb #a14aaa87
 def _add_quickstart(commands):
     what = 'teacher, LAD student and undistilled student on the toy task, in minutes'
@@ -406,7 +444,7 @@ def make_parser(
                            description='lad-nb COMMAND --help lists the flags of a command.')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', dest='command', prog='lad-nb')
     _add_trainings(commands, recipe)
-    for add in (_add_evaluations, _add_rerun, _add_quickstart, _add_benchmark): add(commands)
+    for add in (_add_evaluations, _add_rerun, _add_sharing, _add_quickstart, _add_benchmark): add(commands)
     parser.commands = commands.choices
     return parser
 

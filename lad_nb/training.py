@@ -29,7 +29,9 @@ from .distiller import Distiller, Objective, inputs_of
 from .models import check_model
 from .encoders import fit_weights, quiet_loading
 from .scores import mean_losses
-from .runs import check_new, check_same, checkpoints, find_checkpoint, sound_checkpoint, what_ran
+from .model_card import leave_card
+from .runs import (
+    check_new, check_same, checkpoints, find_checkpoint, read_log, sound_checkpoint, what_ran)
 from .cache import TeacherCache, check_cache
 from .health import check_finite, check_labelled, check_teacher
 from .updates import (
@@ -562,4 +564,5 @@ def train(
     with lock_folder(folder) if first else contextlib.nullcontext():
         if first and overwrite: clear_run(folder)
         _train(trainer, folder, description or {}, resume)
+        if first: leave_card(folder, read_log(folder))
     return folder
