@@ -255,7 +255,7 @@ def _thinned(history, most):
     if len(history) <= most: return history
     return [history[i] for i in np.unique(np.linspace(0, len(history) - 1, most).astype(int))]
 
-# %% ../nbs/56_pages.ipynb #61f4ec0c
+# %% ../nbs/56_pages.ipynb #281e2ab4
 _sides = 40, 74 # pixels left and right of the curves
 
 def curve_place(
@@ -296,8 +296,9 @@ def curves_html(
     return _page('Loss and its terms (log scale)',
                  tag('svg', *drawn, viewBox=f'0 0 {width} {height}', width=width))
 
-# %% ../nbs/56_pages.ipynb #343500eb
-_not_scores = 'eval_runtime', 'eval_samples_per_second', 'eval_steps_per_second', 'eval_model_preparation_time'
+# %% ../nbs/56_pages.ipynb #ac20934f
+_not_scores = [f'eval_{name}' for name in ('runtime', 'samples_per_second', 'steps_per_second',
+                                           'model_preparation_time')]
 
 def _dev_scores(lines):
     "step, and what was scored there, as a frame"
@@ -305,21 +306,22 @@ def _dev_scores(lines):
     rows = [line for line in lines if any(name in line for name in names)]
     return pd.DataFrame(rows, columns=['step', *names])
 
-# %% ../nbs/56_pages.ipynb #94e66bed
+# %% ../nbs/56_pages.ipynb #9b9a1c84
 def _dev_curve(name, steps, values, top, first, last, width):
     "One score over updates, between its smallest and its largest value"
     low, high, left = min(values), max(values), _sides[0]
     y = lambda v: top + 62 - 48*((v - low)/(high - low) if high > low else .5)
     x = lambda step: left + (step - first)/max(1, last - first)*(width - _sides[1] - left)
     color = PART_COLOURS['hidden' if name == 'loss' else 'soft']
-    dots = [tag('circle', cx=f'{x(s):.1f}', cy=f'{y(v):.1f}', r=2.2, fill=color) for s, v in zip(steps, values)]
+    dot = lambda s, v: tag('circle', cx=f'{x(s):.1f}', cy=f'{y(v):.1f}', r=2.2, fill=color)
+    dots = [dot(s, v) for s, v in zip(steps, values)]
     line = tag('polyline', points=' '.join(f"{d.get('cx')},{d.get('cy')}" for d in dots), fill='none',
                stroke=color, stroke_width=1.6)
     ends = [_label(left - 4, f'{y(v) + 3:.1f}', f'{v:.3g}', 'end') for v in dict.fromkeys((low, high))]
     now = _label(width - _sides[1] + 6, f'{y(values[-1]) + 3:.1f}', f'{name} {values[-1]:.3f}')
     return [line, *dots, *ends, now]
 
-# %% ../nbs/56_pages.ipynb #1c7cd239
+# %% ../nbs/56_pages.ipynb #a765bfeb
 def dev_html(
     lines: list,    # of a run's log: those with eval_loss, eval_accuracy, .. beside their step
     width: int=340, # pixels
@@ -333,7 +335,8 @@ def dev_html(
         drawn += _dev_curve(name.removeprefix('eval_'), some.step.tolist(), some[name].tolist(), 70*i, first,
                             last, width)
     height = 70*(len(scores.columns) - 1) + 22
-    drawn += [_label(_sides[0], height - 4, f'{first:g}'), _label(width/2 - 17, height - 4, 'update', 'middle'),
+    drawn += [_label(_sides[0], height - 4, f'{first:g}'),
+              _label(width/2 - 17, height - 4, 'update', 'middle'),
               _label(width - _sides[1], height - 4, f'{last:g}', 'end')]
     return _page('On dev', tag('svg', *drawn, viewBox=f'0 0 {width} {height}', width=width))
 
@@ -420,7 +423,7 @@ def pages_of(
                 groups=groups_html(record) if record.full else '',
                 examples=examples_html(record))
 
-# %% ../nbs/56_pages.ipynb #f0c8b06f
+# %% ../nbs/56_pages.ipynb #295f1f59
 _SCRIPT = '''
 const frames = JSON.parse(document.getElementById('lad-frames').textContent)
 const slider = document.getElementById('lad-slider'), play = document.getElementById('lad-play')
@@ -447,7 +450,7 @@ play.addEventListener('click', () => timer === null ? start() : rest())
 show(frames.length - 1)
 '''
 
-# %% ../nbs/56_pages.ipynb #3878388f
+# %% ../nbs/56_pages.ipynb #31f624ce
 def _policy(): # what the page may do
     "Its own script and styles; nothing from elsewhere"
     script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
@@ -456,23 +459,24 @@ def _policy(): # what the page may do
 
 def _in_script(value): return json.dumps(value).replace('<', '\\u003c') # JSON that can stand in a page
 
-# %% ../nbs/56_pages.ipynb #a6c68726
+# %% ../nbs/56_pages.ipynb #0ef1001b
 def _frame(record, what, history):
     "What the page shows of an update"
     status = status_html(record.step, record.total, record.parts['loss'])
     return dict(place=curve_place(record.step, history), pages=dict(status=status) | pages_of(record, what))
 
-# %% ../nbs/56_pages.ipynb #21454616
+# %% ../nbs/56_pages.ipynb #fb32cf55
 _PLAYER = '''<div style="display:flex;gap:8px;align-items:center;margin:10px 0">
 <button id="lad-back" title="one update back">◂</button><button id="lad-play">Play</button>
 <button id="lad-next" title="one update on">▸</button>
 <input id="lad-slider" type="range" min="0" max="{last}" value="{last}" style="flex:1;max-width:640px"
  aria-label="update"></div>'''
 
-def _page_style(): return (PANEL_STYLE + '<style>:root {color-scheme: light dark} body {margin: 16px;'
-                           ' font-family: system-ui, sans-serif} h1 {font-size: 17px; margin: 0 0 2px}</style>')
+_PAGE_STYLE = '''<style>:root {color-scheme: light dark}
+body {margin: 16px; font-family: system-ui, sans-serif}
+h1 {font-size: 17px; margin: 0 0 2px}</style>'''
 
-# %% ../nbs/56_pages.ipynb #f1c7d27a
+# %% ../nbs/56_pages.ipynb #70431470
 def replay_html(
     records: list,       # full `StepRecord`s, at least one
     history: list,       # as in `curves_html`
@@ -490,7 +494,7 @@ def replay_html(
     fixed = [f'<div class="lad-card">{page}</div>' for page in (curves, dev_html(lines)) if page]
     inside = [*fixed, *(place[name] for name in last if name != 'status')]
     return '\n'.join(['<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8">', _policy(),
-                      to_html(tag('title', title)), _page_style(), '</head><body class="lad-nb">',
+                      to_html(tag('title', title)), PANEL_STYLE, _PAGE_STYLE, '</head><body class="lad-nb">',
                       to_html(tag('h1', title), tag('div', about)), _PLAYER.format(last=len(frames) - 1),
                       place['status'], f'<div class="lad-cards">{"".join(inside)}</div>',
                       f'<script type="application/json" id="lad-frames">{_in_script(frames)}</script>',

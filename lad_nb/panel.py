@@ -120,7 +120,7 @@ class PanelButtons(PanelWidgets):
             for name, off in disabled_buttons(self.stepper).items(): self.buttons[name].disabled = off
             self.places['status'].value = _status(self.stepper, self.stepper.record, word)
 
-# %% ../nbs/59_panel.ipynb #0b048554
+# %% ../nbs/59_panel.ipynb #998a9d0e
 def _curves(s, record):
     "The losses so far, and the scores on dev"
     weights = s.trainer.model.objective.weights if record is None else record.weights
@@ -151,12 +151,12 @@ def _saved_html(panel):
     inside = pages['status'] + cards(*[pages[name] for name in PAGES])
     return _hidden_by(panel.key) + f'<div class="lad-saved-{panel.key}">{styled_html(inside)}</div>'
 
-# %% ../nbs/59_panel.ipynb #82240e5e
+# %% ../nbs/59_panel.ipynb #cca6c8bc
 def _loop(): # of the kernel
     "Where things are done between cells; None where there is no kernel"
     return getattr(getattr(get_ipython(), 'kernel', None), 'io_loop', None)
 
-# %% ../nbs/59_panel.ipynb #0fc80d28
+# %% ../nbs/59_panel.ipynb #70434677
 class SavedPanel(PanelButtons):
     "Shows itself, and keeps what is stored of it up to date"
     def __init__(self, stepper: Stepper, what: str='content'):

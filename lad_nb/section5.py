@@ -195,18 +195,18 @@ def miniature(
     return replace(study, name=f'mini_{study.name}', tasks=dict(toy=few), teachers=dict(toy=teacher),
                    seeds=study.seeds[:seeds], lrs={}, tries={}, unseen={}, tuned_as=None, rates_of=None)
 
-# %% ../nbs/63_section5.ipynb #5445eddb
+# %% ../nbs/63_section5.ipynb #138d15dc
 _quick = dict(train_size=2000, max_seq_len=64, total_step=124, warmup_step=12, ckpt_step=124) # two epochs
 _quick_teacher = section5_teacher.replace(experiment='teacher_2000', task='sst2', **_quick | dict(lr=1e-4))
 
-# %% ../nbs/63_section5.ipynb #96ada813
+# %% ../nbs/63_section5.ipynb #4d4415ab
 def _chosen(study, method, results):
     "The rate of a method on SST-2 in some results; nothing if it has not been tuned there"
     one = replace(study, tasks=dict(sst2=_sst2), methods={method: study.methods[method]})
     try: return chosen_tries(one, results).get(('sst2', method), {})
     except ValueError: return {}
 
-# %% ../nbs/63_section5.ipynb #51ef6f73
+# %% ../nbs/63_section5.ipynb #3695da4f
 def ten_minutes(
     study: Study,
     results: str | Path, # folder of the results in which learning rates were chosen
@@ -217,13 +217,13 @@ def ten_minutes(
                    teachers=dict(sst2=_quick_teacher), seeds=study.seeds[:2], lrs={}, held_out={}, tuning={},
                    tries={}, unseen={}, tuned_as=None, rates_of=None)
 
-# %% ../nbs/63_section5.ipynb #bd71f16b
+# %% ../nbs/63_section5.ipynb #5fdb3c49
 class _Tick(TrainerCallback):
     "Moves a bar on at every update"
     def __init__(self, bar): self.bar = bar
     def on_step_end(self, args, state, control, **kwargs): self.bar.to(state.global_step)
 
-# %% ../nbs/63_section5.ipynb #394a646a
+# %% ../nbs/63_section5.ipynb #620741fa
 class _Bar(tqdm):
     "A progress bar that says when it ends"
     def to(self, n):
@@ -231,7 +231,7 @@ class _Bar(tqdm):
         seconds = (self.total - self.n)*self.format_dict['elapsed']/max(1, self.n - self.initial)
         self.set_postfix_str(f'ends {datetime.now() + timedelta(seconds=seconds):%H:%M}')
 
-# %% ../nbs/63_section5.ipynb #0d9f3bf5
+# %% ../nbs/63_section5.ipynb #c2e17572
 def _teacher_first(recipe, root, bar):
     "Fine-tune a teacher, unless it is there, with a bar that moves"
     recipe = settle_families(recipe, root)
@@ -241,7 +241,7 @@ def _teacher_first(recipe, root, bar):
         else: run(recipe, root, resume=True, progress=False, callbacks=[_Tick(bar)])
     bar.to(recipe.total_step)
 
-# %% ../nbs/63_section5.ipynb #0db61854
+# %% ../nbs/63_section5.ipynb #48763983
 def _run_with_a_bar(study, root, processes):
     "The teacher and the runs of a study on one task that has no rates to choose"
     (teacher,), (steps,) = study.teachers.values(), [task['total_step'] for task in study.tasks.values()]
@@ -263,7 +263,7 @@ def _open_miniature(study):
     for folder in results.glob('*_bert_*'): remove_folder(folder)
     return study, results
 
-# %% ../nbs/63_section5.ipynb #68224e16
+# %% ../nbs/63_section5.ipynb #109ad85b
 def _open_ten_minutes(study, results, root, processes):
     "The ten minutes, as far as they have not been"
     study, folder = ten_minutes(study, results), Path(root)/'ten_minutes'
@@ -272,7 +272,7 @@ def _open_ten_minutes(study, results, root, processes):
           'the text speaks of the committed results.')
     return study, folder
 
-# %% ../nbs/63_section5.ipynb #65e1b991
+# %% ../nbs/63_section5.ipynb #8a9cf422
 FORMS = 'committed', 'ten minutes', 'full'
 
 def _form(form, rerun, fast):
