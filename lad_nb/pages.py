@@ -61,7 +61,8 @@ PANEL_STYLE = '''<style>
   font-variant-numeric: tabular-nums; white-space: nowrap; font-weight: normal; color: inherit}
 .lad-nb th {opacity: .75}
 .lad-nb td.text, .lad-nb th.text {text-align: left; white-space: normal; min-width: 110px; width: 100%}
-.lad-nb .lad-card:has(td.text), .lad-nb .widget-html:has(td.text) {flex: 1 1 400px; min-width: 0; max-width: 860px}
+.lad-nb .lad-card:has(td.text), .lad-nb .widget-html:has(td.text) {flex: 1 1 400px; min-width: 0;
+  max-width: 860px}
 .lad-nb svg {max-width: 100%; height: auto; display: block}
 .lad-nb svg text {fill: currentColor; font-size: 10px}
 .lad-nb .lad-step, .lad-nb .lad-loss {font-weight: bold; font-variant-numeric: tabular-nums}
@@ -255,7 +256,7 @@ def _thinned(history, most):
     if len(history) <= most: return history
     return [history[i] for i in np.unique(np.linspace(0, len(history) - 1, most).astype(int))]
 
-# %% ../nbs/56_pages.ipynb #7789724a
+# %% ../nbs/56_pages.ipynb #ac737dc8
 _sides = 40, 74 # pixels left and right of the curves
 
 def curve_place(
@@ -296,7 +297,7 @@ def curves_html(
     return _page('Loss and its terms (log scale)',
                  tag('svg', *drawn, viewBox=f'0 0 {width} {height}', width=width))
 
-# %% ../nbs/56_pages.ipynb #810229fc
+# %% ../nbs/56_pages.ipynb #2290c6ad
 _not_scores = [f'eval_{name}' for name in ('runtime', 'samples_per_second', 'steps_per_second',
                                            'model_preparation_time')]
 
@@ -306,7 +307,7 @@ def _dev_scores(lines):
     rows = [line for line in lines if any(name in line for name in names)]
     return pd.DataFrame(rows, columns=['step', *names])
 
-# %% ../nbs/56_pages.ipynb #7a8ea5c2
+# %% ../nbs/56_pages.ipynb #d6cea331
 def _dev_curve(name, steps, values, top, first, last, width):
     "One score over updates, between its smallest and its largest value"
     low, high, left = min(values), max(values), _sides[0]
@@ -321,7 +322,7 @@ def _dev_curve(name, steps, values, top, first, last, width):
     now = _label(width - _sides[1] + 6, f'{y(values[-1]) + 3:.1f}', f'{name} {values[-1]:.3f}')
     return [line, *dots, *ends, now]
 
-# %% ../nbs/56_pages.ipynb #18b8dfe3
+# %% ../nbs/56_pages.ipynb #53a9b126
 def dev_html(
     lines: list,    # of a run's log: those with eval_loss, eval_accuracy, .. beside their step
     width: int=340, # pixels
@@ -423,7 +424,7 @@ def pages_of(
                 groups=groups_html(record) if record.full else '',
                 examples=examples_html(record))
 
-# %% ../nbs/56_pages.ipynb #5fbf472e
+# %% ../nbs/56_pages.ipynb #7555fbb3
 _SCRIPT = '''
 const frames = JSON.parse(document.getElementById('lad-frames').textContent)
 const slider = document.getElementById('lad-slider'), play = document.getElementById('lad-play')
@@ -450,7 +451,7 @@ play.addEventListener('click', () => timer === null ? start() : rest())
 show(frames.length - 1)
 '''
 
-# %% ../nbs/56_pages.ipynb #e2455620
+# %% ../nbs/56_pages.ipynb #1147e515
 def _policy(): # what the page may do
     "Its own script and styles; nothing from elsewhere"
     script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
@@ -459,13 +460,13 @@ def _policy(): # what the page may do
 
 def _in_script(value): return json.dumps(value).replace('<', '\\u003c') # JSON that can stand in a page
 
-# %% ../nbs/56_pages.ipynb #22f2eb41
+# %% ../nbs/56_pages.ipynb #f3b1fe2c
 def _frame(record, what, history):
     "What the page shows of an update"
     status = status_html(record.step, record.total, record.parts['loss'])
     return dict(place=curve_place(record.step, history), pages=dict(status=status) | pages_of(record, what))
 
-# %% ../nbs/56_pages.ipynb #52aecee2
+# %% ../nbs/56_pages.ipynb #1dea5e63
 _PLAYER = '''<div style="display:flex;gap:8px;align-items:center;margin:10px 0">
 <button id="lad-back" title="one update back">◂</button><button id="lad-play">Play</button>
 <button id="lad-next" title="one update on">▸</button>
@@ -476,7 +477,7 @@ _PAGE_STYLE = '''<style>:root {color-scheme: light dark}
 body {margin: 16px; font-family: system-ui, sans-serif}
 h1 {font-size: 17px; margin: 0 0 2px}</style>'''
 
-# %% ../nbs/56_pages.ipynb #19b84d51
+# %% ../nbs/56_pages.ipynb #762f361e
 def replay_html(
     records: list,       # full `StepRecord`s, at least one
     history: list,       # as in `curves_html`
