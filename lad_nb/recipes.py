@@ -9,18 +9,16 @@ __all__ = ['FAITHFUL', 'RECOMMENDED', 'FAST', 'student_setting', 'Recipe', 'reci
 
 # %% ../nbs/45_recipes.ipynb #7bd68f9a
 from dataclasses import dataclass, fields
-
-import pandas as pd
-from transformers import CONFIG_MAPPING
+from typing import TYPE_CHECKING
 
 from .values import (
     BETA, COUNT, DECAY, DEVICE, EPS, FROZEN, LAYERS, LENGTH, NORM, RATE, SEED, SHARE, SIZE, STEP, TEMPERATURE,
     WEIGHT, Range)
 from .settings import Settings, setting, with_help
-from .tasks import get_task, splits
-from .mappings import Mapping, make_mapping, methods
-from .losses import matches
-from .distiller import check_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from lad_nb.mappings import Mapping
 
 # %% ../nbs/45_recipes.ipynb #197df945
 @dataclass(frozen=True, repr=False)
@@ -263,8 +261,9 @@ class Evaluation(_Asked):
 def recipe_table(
     recipes: dict,   # {name: Recipe}, or {name: Evaluation}, or both, as in `run_books`
     of: type=Recipe, # which of the two is shown
-) -> pd.DataFrame:   # only the fields in which they differ
+) -> 'pd.DataFrame': # only the fields in which they differ
     "Recipes side by side"
+    import pandas as pd
     table = pd.DataFrame({n: r.to_dict() for n, r in recipes.items() if isinstance(r, of)}).T
     return table.loc[:, table.map(repr).nunique() > 1]
 
@@ -272,8 +271,9 @@ def recipe_table(
 def mapping_of(
     recipe: Recipe,     # its method and indices
     T: int,             # teacher layers
-) -> Mapping | None:    # None for methods without a teacher
+) -> 'Mapping | None':  # None for methods without a teacher
     "The mapping that a recipe means"
+    from lad_nb.mappings import make_mapping
     if not recipe.distils: return None
     check_layers_given(recipe)
     indices = {name: getattr(recipe, name) for name in ('gate_indices', 'teacher_indices', 'student_indices')}
@@ -287,9 +287,9 @@ def check_layers_given(recipe):
 
 # %% ../nbs/45_recipes.ipynb #f20787e7
 def student_start(
-    recipe: Recipe,          # its student_init and indices
-    mapping: Mapping | None, # what each student layer learns from; None without a teacher
-):                           # 'even', 'first', 'random', or {student layer: encoder layer, or None: random}
+    recipe: Recipe,            # its student_init and indices
+    mapping: 'Mapping | None', # what each student layer learns from; None without a teacher
+):                             # 'even', 'first', 'random', or {student layer: encoder layer, or None: random}
     "Where the student's layers start: with explicit indices at their sources, if nothing else is said"
     if recipe.student_init == 'paired': return _paired_start(recipe, mapping)
     if recipe.student_init: return recipe.student_init
@@ -321,6 +321,10 @@ def in_updates(
 # %% ../nbs/45_recipes.ipynb #3f8930d2
 def check_names(recipe):
     "`ValueError` for a task, split, method or model that does not exist"
+    from transformers import CONFIG_MAPPING
+    from lad_nb.tasks import get_task, splits
+    from lad_nb.mappings import methods
+    from lad_nb.losses import matches
     task = get_task(recipe.task)
     if recipe.dataset in task.test:
         labelled = ', '.join(s for s in splits(task) if s not in task.test)
@@ -366,6 +370,7 @@ def check_recipe(
     recipe: Recipe, # as it was given
 ):
     "`ValueError` for what can be said against a recipe without opening a file"
+    from lad_nb.distiller import check_weights
     check_names(recipe)
     check_padding(recipe)
     if recipe.method == 'undistilled': check_layers_given(recipe)
