@@ -1,5 +1,5 @@
-"""Studies on executors of other makers: a cluster of Dask, one worker of which is killed; jobs of submitit; job
-arrays."""
+"""Studies on executors of other makers: a cluster of Dask, one worker of which is killed; jobs of submitit;
+job arrays."""
 import os
 import signal
 import sys
@@ -54,7 +54,7 @@ def cluster(monkeypatch):
     patient = {'distributed.comm.timeouts.connect': '120s', 'distributed.worker.daemon': True}
     with (dask.config.set(patient),
           distributed.LocalCluster(n_workers=2, threads_per_worker=1, host='127.0.0.1',
-                                   dashboard_address=None, memory_limit=0) as cluster,
+                                   dashboard_address=':0', memory_limit=0) as cluster,
           distributed.Client(cluster) as client):
         client.wait_for_workers(2, timeout=120)
         yield cluster, client
@@ -92,7 +92,8 @@ def test_a_worker_of_a_cluster_is_killed(cluster, tiny, whole, tmp_path):
     assert not psutil.pid_exists(killer.pid)
     assert scores(tmp_path/'results') == scores(whole/'results') and len(scores(whole/'results')) == RUNS + 1
     assert students(tmp_path/'experiments') == students(whole/'experiments')
-    resumed = {line['recipe']['experiment'] for line in read_results(tmp_path/'results') if line.get('resumed')}
+    lines = read_results(tmp_path/'results')
+    resumed = {line['recipe']['experiment'] for line in lines if line.get('resumed')}
     assert resumed == {killer.folder.name.removesuffix('_bert_toy')}
     assert sum(line.startswith('[') for line in said) == RUNS and missing(asked, tmp_path/'results') == []
     assert not list((tmp_path/'experiments').glob('two_*/checkpoint-*')), 'checkpoints are left'
@@ -177,7 +178,8 @@ def lad_nb(tiny, tmp_path, monkeypatch, capsys):
 def test_a_scheduler_that_counts(lad_nb, tmp_path):
     """Numbers stay while runs are done; each does its own run, and the teacher before it."""
     code, out, err = lad_nb('study my_studies:mine --list')
-    assert code == 0 and [line.split()[:3] for line in out] == [[str(n), 'to', 'do'] for n in (1, 2, 3, 4)], err
+    assert code == 0, err
+    assert [line.split()[:3] for line in out] == [[str(n), 'to', 'do'] for n in (1, 2, 3, 4)]
     code, out, err = lad_nb('study my_studies:mine --job 2')
     assert code == 0 and out[-1].startswith('[2] toy KD seed 42'), err
     assert set(scores('results')) == {('teacher', 'teacher', 42), ('run', 'KD', 42)}
