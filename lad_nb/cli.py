@@ -4,28 +4,36 @@
 
 # %% auto #0
 __all__ = ['whole_number', 'real_number', 'layer_list', 'start_layers', 'name_list', 'add_flag', 'OneLineParser', 'check_flags',
-           'make_parser', 'parse', 'recipe_of', 'evaluation_of', 'main']
+           'study_named', 'make_parser', 'parse', 'recipe_of', 'evaluation_of', 'main']
 
 # %% ../nbs/78_cli.ipynb #a654c933
-import argparse, difflib, inspect, json, os, re, sys, warnings
+import argparse, difflib, json, os, platform, re, sys, warnings
 from dataclasses import fields
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
+<<<<<<< /tmp/tmpg4vqnvzl.txt
 import pandas as pd, transformers
 
-from .values import NAMES, shown
-from .tasks import get_task, open_task
-from .runs import check_new, find_experiment, find_checkpoint, run_setting, task_of
-from .settings import kind_of
-from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
-from .sources import teacher_folder
-from .experiment import check_overwrite, rerun, resolve, run
-from .evaluation import best_checkpoint, plan_evaluation, score_checkpoints, write_predictions
-from .similarity import dev_losses
-from .loops import shapes
-from .benchmark import benchmark, benchmark_table
-from .quickstart import quickstart
+from lad_nb.values import NAMES, shown
+from lad_nb.tasks import get_task, open_task
+from lad_nb.runs import check_new, find_experiment, find_checkpoint, run_setting, task_of
+from lad_nb.settings import kind_of
+from lad_nb.recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
+from lad_nb.sources import teacher_folder
+from lad_nb.experiment import check_overwrite, rerun, resolve, run
+from lad_nb.evaluation import best_checkpoint, plan_evaluation, score_checkpoints, write_predictions
+from lad_nb.similarity import dev_losses
+from lad_nb.loops import shapes
+from lad_nb.benchmark import benchmark, benchmark_table
+from lad_nb.quickstart import quickstart
+=======
+import lad_nb
+from lad_nb.values import shown
+from lad_nb.settings import kind_of
+from lad_nb.recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
+>>>>>>> /tmp/tmppkk_yddq.txt
 
 # %% ../nbs/78_cli.ipynb #4d92ef78
 def whole_number(
@@ -166,6 +174,7 @@ def _print_json(found): print(json.dumps(found, indent=1))
 # %% ../nbs/78_cli.ipynb #43564b30
 def _open_own_task(data_dir):
     "Register the task that a folder of TSV files describes"
+    from lad_nb.tasks import open_task
     if isinstance(data_dir, str) and (Path(data_dir)/'task.json').is_file(): open_task(data_dir)
 
 # %% ../nbs/78_cli.ipynb #1d4fdf1f
@@ -224,6 +233,8 @@ def _add_trainings(commands, recipe):
 # %% ../nbs/78_cli.ipynb #d6a790b0
 def _planned(recipe, args):
     "The plan of a recipe, and what is not there yet; refused where the run would be"
+    from lad_nb.runs import check_new, find_experiment
+    from lad_nb.experiment import check_overwrite, resolve
     folder = find_experiment(recipe.experiment, recipe.task, recipe.model, args.root)
     like = folder if args.resume else None
     plan = resolve(recipe, args.root, like, args.allow_hub, fetch=False)
@@ -233,6 +244,8 @@ def _planned(recipe, args):
 
 # %% ../nbs/78_cli.ipynb #45d564e2
 def _train(args):
+    from lad_nb.runs import run_setting
+    from lad_nb.experiment import run
     _open_own_task(args.data_dir)
     recipe = recipe_of(args)
     if args.dry_run: return _print_json(_planned(recipe, args))
@@ -268,6 +281,8 @@ def _add_evaluations(commands):
 # %% ../nbs/78_cli.ipynb #212c1633
 def _evaluate(args):
     "What the three have in common: find the run and its task, then ask, or say what would be read"
+    from lad_nb.runs import find_experiment, run_setting, task_of
+    from lad_nb.evaluation import plan_evaluation
     asked = evaluation_of(args)
     folder = find_experiment(asked.experiment, asked.task, asked.model, args.root)
     _open_own_task(asked.data_dir or run_setting(folder, 'data_dir'))
@@ -283,6 +298,8 @@ def _scores_said(row):
 
 # %% ../nbs/78_cli.ipynb #283f5f69
 def _score(asked, folder, args):
+    from lad_nb.tasks import get_task
+    from lad_nb.evaluation import best_checkpoint, score_checkpoints
     each = lambda step, scores: _say(f'checkpoint {step}: {_scores_said(scores)}')
     table = score_checkpoints(folder, asked.task, asked.dataset, asked.data_dir, asked.batch_size,
                               asked.device_id, each, asked.bad_rows)
@@ -295,6 +312,8 @@ def _score(asked, folder, args):
 
 # %% ../nbs/78_cli.ipynb #083d31c8
 def _predict(asked, folder, args):
+    from lad_nb.runs import find_checkpoint, run_setting
+    from lad_nb.evaluation import write_predictions
     checkpoint = find_checkpoint(folder, asked.ckpt)
     out = args.out or folder/'predictions'/checkpoint.name
     data_dir = asked.data_dir or run_setting(folder, 'data_dir')
@@ -304,6 +323,8 @@ def _predict(asked, folder, args):
 
 # %% ../nbs/78_cli.ipynb #10df61e0
 def _dev_loss(asked, folder, args):
+    from lad_nb.sources import teacher_folder
+    from lad_nb.similarity import dev_losses
     if asked.tckpt and not asked.teacher_exp:
         raise ValueError("--tckpt is a checkpoint of a teacher: name that with --teacher_exp.")
     teacher = teacher_folder(asked, args.root) if asked.teacher or asked.teacher_exp else None
@@ -326,6 +347,8 @@ def _add_rerun(commands):
 
 # %% ../nbs/78_cli.ipynb #f8321590
 def _rerun(args):
+    from lad_nb.runs import run_setting
+    from lad_nb.experiment import rerun
     _open_own_task(run_setting(args.folder, 'data_dir'))
     _say(rerun(args.folder, args.experiment, args.resume, allow_hub=args.allow_hub))
 
@@ -379,6 +402,7 @@ def _add_quickstart(commands):
 _columns = {'dev accuracy': '{:.3f}', 'parameters': '{:,}', 'MB on disk': '{:.0f}', 'ms a sentence': '{:.1f}'}
 
 def _quickstart(args):
+    from lad_nb.quickstart import quickstart
     table, root = quickstart(args.root, args.seed, args.resume), Path(args.root)
     print('\n' + table.to_string(formatters={name: form.format for name, form in _columns.items()}))
     student = root/'LAD_bert_toy'
@@ -398,17 +422,17 @@ _sizes = dict(
 def _add_benchmark(commands):
     what = 'how much faster than a plain loop, how near to the floor: every mode, timed in one process'
     parser = _add_command(commands, 'benchmark', what, _benchmark)
-    parser.add_argument('--shape', choices=[s for s in shapes if s != 'tiny'], default='minilm',
+    parser.add_argument('--shape', choices=['minilm', 'base'], default='minilm',
         help='minilm: 6 -> 3 layers, H 384, batch 32; base: 12 -> 6, H 768, batch 8 (default minilm)')
-    defaults = inspect.signature(benchmark).parameters
-    for name, help in _sizes.items():
-        parser.add_argument(f'--{name}', type=whole_number, default=defaults[name].default, help=help)
+    for name, help in _sizes.items(): parser.add_argument(f'--{name}', type=whole_number, help=help)
     parser.add_argument('--task', help='rte where its folder is given, else the built-in toy task')
     parser.add_argument('--json', action='store_true', help='print one JSON object, and nothing else')
 
 # %% ../nbs/78_cli.ipynb #e6cb0be4
 def _benchmark(args):
-    settings = {name: getattr(args, name) for name in ('shape', 'task', *_sizes)}
+    from lad_nb.benchmark import benchmark
+    said = {name: getattr(args, name) for name in ('shape', 'task', *_sizes)}
+    settings = {name: value for name, value in said.items() if value is not None}
     found = benchmark(**settings, say=lambda line: print(line, file=sys.stderr, flush=True))
     if args.json: print(json.dumps(found))
     else: _print_benchmark(found, args.shape)
@@ -416,6 +440,8 @@ def _benchmark(args):
 # %% ../nbs/78_cli.ipynb #f35c3441
 def _print_benchmark(found, shape):
     "The times of every mode, what they come to in a whole run, and where an update's time goes"
+    import pandas as pd
+    from lad_nb.benchmark import benchmark_table
     machine, precision = found['machine'], found['precision']
     print(f"\n{shape}, {found['data']['task']}, {machine['device']}, {machine['threads']} threads; "
           f"medians of {found['rounds']} rounds (lowest to highest); "
@@ -434,6 +460,78 @@ def _print_whole_run(found):
           f"{whole['plain_seconds']} s plain, {whole['fast_cached_seconds']} s with FAST: "
           f"{whole['ratio']} times")
 
+# %% ../nbs/78_cli.ipynb #c88eced0
+_of_studies = ('section5', 'gates_study') # the modules that have some
+
+def _module(name):
+    "A module by name; one of the working folder comes last, so that it stands for no library"
+    if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
+    try: return import_module(name)
+    except ModuleNotFoundError as e:
+        raise ValueError(f"There is no module {name!r} ({e}). A study is named module:value, such as "
+                         "lad_nb.gates_study:gates_study or, from my_studies.py in this folder, "
+                         "my_studies:mine.") from None
+
+# %% ../nbs/78_cli.ipynb #8deb3583
+def study_named(
+    name: str, # module:value, or the value alone if it is one of lad_nb's
+):             # the `Study`
+    "A study by its name"
+    from lad_nb.study import Study
+    where, _, value = name.rpartition(':')
+    modules = [_module(m) for m in ([where] if where else [f'lad_nb.{m}' for m in _of_studies])]
+    there = {n: s for m in modules for n, s in vars(m).items() if isinstance(s, Study) and n[0] != '_'}
+    if value in there: return there[value]
+    among = f'in {where}' if where else 'in lad_nb'
+    raise ValueError(f"There is no study {value!r} {among}." +
+                     _nearest(value, there, f" Studies there: {', '.join(there) or 'none'}."))
+
+# %% ../nbs/78_cli.ipynb #d7556d16
+def _add_study(commands):
+    what = 'run a study: teachers, tuning, all methods and seeds; or one of its runs, by number'
+    parser = _add_command(commands, 'study', what, _study)
+    parser.add_argument('name', help='module:value, such as lad_nb.gates_study:gates_study, or gates_study')
+    parser.add_argument('--list', action='store_true', help='number and name the runs of a stage, and stop')
+    parser.add_argument('--job', type=whole_number, help='do the run of this number, counted from 1')
+    parser.add_argument('--stage', choices=['tune', 'run'],
+                        help='tuning or the grid; both by default, with --list and --job the grid')
+    parser.add_argument('--processes', type=whole_number, default=1, help='runs at a time (default 1)')
+    parser.add_argument('--threads', type=whole_number, help='of each; the cores shared out by default')
+    parser.add_argument('--results', default='results', help='the folder of the results (default results)')
+    _add_root(parser)
+
+# %% ../nbs/78_cli.ipynb #fd4ac8f5
+def _study(args):
+    from lad_nb.study import run_job, run_study
+    study, stage = study_named(args.name), args.stage or 'run'
+    if args.list: _list_jobs(study, args.results, stage)
+    elif args.job is not None: run_job(study, args.job, args.root, args.results, stage, _say)
+    else: run_study(study, args.root, args.results, args.stage, args.processes, args.threads, _say)
+
+# %% ../nbs/78_cli.ipynb #d3aea6df
+def _list_jobs(study, results, stage):
+    "A line for each run of a stage: number, whether it is done, what it is"
+    from lad_nb.results import lines_by_run, run_key
+    from lad_nb.study import jobs
+    done = lines_by_run(results)
+    for number, job in enumerate(jobs(study, results, stage), start=1):
+        tried = ' '.join(f'{name}={value}' for name, value in job['tried'].items())
+        state = 'done' if run_key(job) in done else 'to do'
+        _say(f"{number:4}  {state:5}  {job['task']}  {job['method']}  seed {job['seed']}  {tried}".rstrip())
+
+# %% ../nbs/78_cli.ipynb #1c187b84
+_packages = ('torch', 'transformers', 'datasets', 'accelerate')
+
+class _Versions(argparse.Action):
+    "Prints the versions that matter, and ends"
+    def __init__(self, option_strings, dest, **how): super().__init__(option_strings, dest, nargs=0, **how)
+
+    def __call__(self, parser, *_):
+        from importlib.metadata import version
+        here = dict(lad_nb=lad_nb.__version__, python=platform.python_version())
+        _say(*(f'{name} {found}' for name, found in (here | {p: version(p) for p in _packages}).items()))
+        raise SystemExit(0)
+
 # %% ../nbs/78_cli.ipynb #26192456
 def make_parser(
     recipe: type=Recipe, # its fields are the training commands' flags
@@ -442,11 +540,20 @@ def make_parser(
     wide = partial(argparse.HelpFormatter, max_help_position=34)
     parser = OneLineParser(prog='lad-nb', usage='lad-nb COMMAND [flags]', formatter_class=wide,
                            description='lad-nb COMMAND --help lists the flags of a command.')
+    parser.add_argument('--version', action=_Versions, help='print the versions that matter')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', dest='command', prog='lad-nb')
     _add_trainings(commands, recipe)
-    for add in (_add_evaluations, _add_rerun, _add_sharing, _add_quickstart, _add_benchmark): add(commands)
+    adds = (_add_evaluations, _add_rerun, _add_sharing, _add_quickstart, _add_benchmark, _add_study)
+    for add in adds: add(commands)
     parser.commands = commands.choices
     return parser
+
+# %% ../nbs/78_cli.ipynb #bb7f68dc
+def _complete(parser):
+    "Answer a shell that asks what could come next"
+    if '_ARGCOMPLETE' not in os.environ: return
+    import argcomplete
+    argcomplete.autocomplete(parser)
 
 # %% ../nbs/78_cli.ipynb #5bdea06f
 def parse(
@@ -455,6 +562,7 @@ def parse(
 ) -> argparse.Namespace: # the flags; `command` is its name, `run` does it
     "Read one command line; `SystemExit(2)` with one line on stderr when something is wrong with it"
     parser = make_parser(recipe)
+    _complete(parser)
     if not argv:
         parser.print_help()
         raise SystemExit(2)
@@ -484,6 +592,7 @@ def _with_sources(given):
 def _check_num_class(args):
     "`ValueError` for a number of labels that is not the task's"
     if args.num_class is None: return
+    from lad_nb.tasks import get_task
     task = get_task(args.task)
     if args.num_class != task.num_labels:
         labels = ', '.join(task.id2label.values())
@@ -519,20 +628,29 @@ def evaluation_of(
 
 # %% ../nbs/78_cli.ipynb #6b529bca
 def _speak_briefly():
-    "Warnings in one line, and none of transformers' remarks"
+    "Warnings in one line"
     def show(message, *_, **__): print(f'lad-nb: warning: {shown(message)}', file=sys.stderr)
     warnings.showwarning = show
+
+# %% ../nbs/78_cli.ipynb #f3769fc1
+def _load_libraries():
+    "What takes seconds; none of transformers' remarks from here on"
+    import transformers
+    import lad_nb.experiment # noqa: F401
     transformers.logging.set_verbosity_error()
 
 # %% ../nbs/78_cli.ipynb #9c00c9a9
 def main(
     argv: list | None=None, # the command line's by default
+    ready=lambda: None,     # called when the line is read and the libraries are there
 ) -> int:                   # exit code: 0, 2 for a mistake, 130 for Ctrl-C
     "The console command `lad-nb`"
     _speak_briefly()
     args = None
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        _load_libraries()
+        ready()
         args.run(args)
     except (ValueError, OSError, FloatingPointError) as e:
         if os.environ.get('LAD_NB_TRACEBACK'): raise

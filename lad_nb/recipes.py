@@ -10,19 +10,24 @@ __all__ = ['FAITHFUL', 'RECOMMENDED', 'FAST', 'student_setting', 'later_setting'
 
 # %% ../nbs/45_recipes.ipynb #7bd68f9a
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-import pandas as pd
-from transformers import CONFIG_MAPPING
-
-from .values import (
+from lad_nb.values import (
     BETA, COUNT, DECAY, DEVICE, EPS, FROZEN, LAYERS, LENGTH, NAMES, NORM, RATE, SEED, SHARE, SIZE, STEP,
     TEMPERATURE, WEIGHT, Range)
-from .settings import Settings, setting, with_help
-from .tasks import get_task, splits, splits_named
-from .gates import find_gate
-from .mappings import Mapping, make_mapping, methods
-from .losses import matches
-from .distiller import check_weights
+from lad_nb.settings import Settings, setting, with_help
+<<<<<<< /tmp/tmp5n57ugvn.txt
+from lad_nb.tasks import get_task, splits, splits_named
+from lad_nb.gates import find_gate
+from lad_nb.mappings import Mapping, make_mapping, methods
+from lad_nb.losses import matches
+from lad_nb.distiller import check_weights
+=======
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from lad_nb.mappings import Mapping
+>>>>>>> /tmp/tmplggakbn6.txt
 
 # %% ../nbs/45_recipes.ipynb #197df945
 @dataclass(frozen=True, repr=False)
@@ -286,8 +291,9 @@ class Evaluation(_Asked):
 def recipe_table(
     recipes: dict,   # {name: Recipe}, or {name: Evaluation}, or both, as in `run_books`
     of: type=Recipe, # which of the two is shown
-) -> pd.DataFrame:   # only the fields in which they differ
+) -> 'pd.DataFrame': # only the fields in which they differ
     "Recipes side by side"
+    import pandas as pd
     table = pd.DataFrame({n: r.to_dict() for n, r in recipes.items() if isinstance(r, of)}).T
     return table.loc[:, table.map(repr).nunique() > 1]
 
@@ -295,8 +301,9 @@ def recipe_table(
 def mapping_of(
     recipe: Recipe,     # its method and indices
     T: int,             # teacher layers
-) -> Mapping | None:    # None for methods without a teacher
+) -> 'Mapping | None':  # None for methods without a teacher
     "The mapping that a recipe means"
+    from lad_nb.mappings import make_mapping
     if not recipe.distils: return None
     check_layers_given(recipe)
     indices = {name: getattr(recipe, name) for name in ('gate_indices', 'teacher_indices', 'student_indices')}
@@ -310,9 +317,9 @@ def check_layers_given(recipe):
 
 # %% ../nbs/45_recipes.ipynb #f20787e7
 def student_start(
-    recipe: Recipe,          # its student_init and indices
-    mapping: Mapping | None, # what each student layer learns from; None without a teacher
-):                           # 'even', 'first', 'random', or {student layer: encoder layer, or None: random}
+    recipe: Recipe,            # its student_init and indices
+    mapping: 'Mapping | None', # what each student layer learns from; None without a teacher
+):                             # 'even', 'first', 'random', or {student layer: encoder layer, or None: random}
     "Where the student's layers start: with explicit indices at their sources, if nothing else is said"
     if recipe.student_init == 'paired': return _paired_start(recipe, mapping)
     if recipe.student_init: return recipe.student_init
@@ -354,6 +361,11 @@ def in_updates(
 # %% ../nbs/45_recipes.ipynb #3f8930d2
 def check_names(recipe):
     "`ValueError` for a task, split, method or model that does not exist"
+    from transformers import CONFIG_MAPPING
+    from lad_nb.tasks import get_task, splits
+    from lad_nb.gates import find_gate
+    from lad_nb.mappings import methods
+    from lad_nb.losses import matches
     task = get_task(recipe.task)
     if recipe.dataset in task.test:
         labelled = ', '.join(s for s in splits(task) if s not in task.test)
@@ -398,6 +410,7 @@ def check_schedule(recipe):
 # %% ../nbs/45_recipes.ipynb #66dc69bc
 def check_watch(recipe):
     "`ValueError` for a best score without scores, or without checkpoints where they are taken"
+    from lad_nb.tasks import splits_named
     for name in ('eval_on', 'keep_best', 'patience'):
         if getattr(recipe, name) and recipe.eval_step is None:
             raise ValueError(f"{name} is {getattr(recipe, name)!r}, and nothing is scored while it trains. "
@@ -413,6 +426,7 @@ def check_recipe(
     recipe: Recipe, # as it was given
 ):
     "`ValueError` for what can be said against a recipe without opening a file"
+    from lad_nb.distiller import check_weights
     check_names(recipe)
     check_padding(recipe)
     if recipe.method == 'undistilled': check_layers_given(recipe)

@@ -7,10 +7,8 @@ __all__ = ['COUNT', 'STEP', 'SEED', 'RATE', 'FROZEN', 'BETA', 'SHARE', 'EPS', 'D
            'LAYERS', 'SIZE', 'DEVICE', 'NAMES', 'Range', 'shown', 'Names', 'plain', 'check_value']
 
 # %% ../nbs/02_values.ipynb #b3761051
-import os
+import os, sys
 from dataclasses import dataclass
-
-import numpy as np
 
 # %% ../nbs/02_values.ipynb #59b51b41
 @dataclass(frozen=True)
@@ -63,12 +61,18 @@ class Names:
 
 NAMES = Names()
 
+# %% ../nbs/02_values.ipynb #754f3422
+def _of_numpy(value):
+    "Whether a value is a number or an array of numpy's"
+    np = sys.modules.get('numpy')
+    return np is not None and isinstance(value, (np.generic, np.ndarray))
+
 # %% ../nbs/02_values.ipynb #ee095628
 def plain(
     value, # anything
 ):         # the same in Python's own types
     "A value without numpy and paths; sequences become tuples"
-    if isinstance(value, (np.generic, np.ndarray)): return value.tolist()
+    if _of_numpy(value): return value.tolist()
     if isinstance(value, os.PathLike): return os.fspath(value)
     if isinstance(value, (list, tuple, range)): return tuple(plain(v) for v in value)
     return value
