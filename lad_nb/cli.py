@@ -13,27 +13,10 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-<<<<<<< /tmp/tmpg4vqnvzl.txt
-import pandas as pd, transformers
-
-from lad_nb.values import NAMES, shown
-from lad_nb.tasks import get_task, open_task
-from lad_nb.runs import check_new, find_experiment, find_checkpoint, run_setting, task_of
-from lad_nb.settings import kind_of
-from lad_nb.recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
-from lad_nb.sources import teacher_folder
-from lad_nb.experiment import check_overwrite, rerun, resolve, run
-from lad_nb.evaluation import best_checkpoint, plan_evaluation, score_checkpoints, write_predictions
-from lad_nb.similarity import dev_losses
-from lad_nb.loops import shapes
-from lad_nb.benchmark import benchmark, benchmark_table
-from lad_nb.quickstart import quickstart
-=======
 import lad_nb
-from lad_nb.values import shown
-from lad_nb.settings import kind_of
-from lad_nb.recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
->>>>>>> /tmp/tmppkk_yddq.txt
+from .values import NAMES, shown
+from .settings import kind_of
+from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
 
 # %% ../nbs/78_cli.ipynb #4d92ef78
 def whole_number(

@@ -12,22 +12,14 @@ __all__ = ['FAITHFUL', 'RECOMMENDED', 'FAST', 'student_setting', 'later_setting'
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from lad_nb.values import (
+from .values import (
     BETA, COUNT, DECAY, DEVICE, EPS, FROZEN, LAYERS, LENGTH, NAMES, NORM, RATE, SEED, SHARE, SIZE, STEP,
     TEMPERATURE, WEIGHT, Range)
-from lad_nb.settings import Settings, setting, with_help
-<<<<<<< /tmp/tmp5n57ugvn.txt
-from lad_nb.tasks import get_task, splits, splits_named
-from lad_nb.gates import find_gate
-from lad_nb.mappings import Mapping, make_mapping, methods
-from lad_nb.losses import matches
-from lad_nb.distiller import check_weights
-=======
+from .settings import Settings, setting, with_help
 
 if TYPE_CHECKING:
     import pandas as pd
     from lad_nb.mappings import Mapping
->>>>>>> /tmp/tmplggakbn6.txt
 
 # %% ../nbs/45_recipes.ipynb #197df945
 @dataclass(frozen=True, repr=False)
