@@ -24,7 +24,8 @@ def two(quick, tmp_path_factory):
 
 def test_what_differs_and_where_curves_end(two):
     found = compare(two)
-    assert list(found.table.columns[:2]) == ['lr', 'seed'] and list(found.table.index) == [f.name for f in two]
+    assert list(found.table.columns[:2]) == ['lr', 'seed']
+    assert list(found.table.index) == [f.name for f in two]
     assert list(found.table.updates) == [6, 6]
     losses = [[line['loss'] for line in read_log(f) if 'loss' in line] for f in two]
     assert list(found.table.loss) == [values[-1] for values in losses]
