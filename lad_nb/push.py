@@ -71,7 +71,7 @@ def _asking(repo, api, token):
     except HfHubHTTPError as e:
         status = e.response.status_code if e.response is not None else '?'
         raise PermissionError(_refused.format(repo, status, _without(token, e))) from None
-    except OSError as e: raise OSError(_without(token, e)) from None
+    except (OSError, ValueError) as e: raise OSError(f'{repo} was not sent: {_without(token, e)}') from None
     except Exception as e: # httpx has its own kinds
         raise ConnectionError(_silent.format(api.endpoint, type(e).__name__)) from None
 

@@ -129,6 +129,7 @@ def _laid_out(figure, inches, height):
         figure.draw_without_rendering() # constrained layouts say only now how wide their Axes are
         for ax, title in titles.items():
             ax.title.set_text(wrapped(title, inches_wide(ax), ax.title.get_size()))
+        for _ in range(4): figure.draw_without_rendering() # a layout begins at the one before: until it stays
         yield
     finally:
         figure.set_size_inches(size)

@@ -121,7 +121,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_HEAD(self): self.answer()
 
-    def do_GET(self): self.answer(dict(id='me/student', modelId='me/student', siblings=[], sha='0'*40))
+    def do_GET(self):
+        if self.server.refuses: return self.answer(dict(error='no such model'), 404)
+        self.answer(dict(id='me/student', modelId='me/student', siblings=[], sha='0'*40))
 
     def do_PUT(self):
         raw = self.body()
@@ -187,7 +189,8 @@ def test_a_run_on_a_hub(done, hub, tmp_path):
     there = tmp_path/done.name
     there.mkdir()
     for name, raw in hub.files.items(): (there/name).write_bytes(raw)
-    assert find_damage(there) is None and ModelCard.load(there/'README.md').data.library_name == 'transformers'
+    assert find_damage(there) is None
+    assert ModelCard.load(there/'README.md').data.library_name == 'transformers'
     load_gates(open_run(done)[0].objective, there)
 
 
