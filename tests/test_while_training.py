@@ -30,7 +30,8 @@ def base(tmp_path_factory):
     encoder = random_bert(root/'encoder', **sizes)
     teacher = random_bert(root/'teacher', task='toy', seed=1, **sizes)
     return Recipe('LAD', task='toy', num_hidden_layers=1, teacher=str(teacher), ptrain_ver=str(encoder),
-                  lr=3e-2, gate_lr=1e-2, train_size=100, max_seq_len=24, batch_size=8, total_step=12, warmup_step=2,
+                  lr=3e-2, gate_lr=1e-2, train_size=100, max_seq_len=24, batch_size=8, total_step=12,
+                  warmup_step=2,
                   ckpt_step=4, log_step=3, device_id=-1)
 
 
