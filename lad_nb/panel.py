@@ -120,7 +120,7 @@ class PanelButtons(PanelWidgets):
             for name, off in disabled_buttons(self.stepper).items(): self.buttons[name].disabled = off
             self.places['status'].value = _status(self.stepper, self.stepper.record, word)
 
-# %% ../nbs/59_panel.ipynb #998a9d0e
+# %% ../nbs/59_panel.ipynb #9473c13f
 def _curves(s, record):
     "The losses so far, and the scores on dev"
     weights = s.trainer.model.objective.weights if record is None else record.weights
@@ -151,17 +151,17 @@ def _saved_html(panel):
     inside = pages['status'] + cards(*[pages[name] for name in PAGES])
     return _hidden_by(panel.key) + f'<div class="lad-saved-{panel.key}">{styled_html(inside)}</div>'
 
-# %% ../nbs/59_panel.ipynb #cca6c8bc
+# %% ../nbs/59_panel.ipynb #ec974766
 def _loop(): # of the kernel
     "Where things are done between cells; None where there is no kernel"
     return getattr(getattr(get_ipython(), 'kernel', None), 'io_loop', None)
 
-# %% ../nbs/59_panel.ipynb #70434677
+# %% ../nbs/59_panel.ipynb #8c4737dd
 class SavedPanel(PanelButtons):
     "Shows itself, and keeps what is stored of it up to date"
     def __init__(self, stepper: Stepper, what: str='content'):
         super().__init__(stepper, what)
-        self.key, self.shown, self._due = uuid.uuid4().hex[:12], False, False
+        self.key, self.shown, self._due, self.at = uuid.uuid4().hex[:12], False, False, None
         self.widget.add_class(f'lad-live-{self.key}')
 
     def saved(self,
@@ -180,9 +180,15 @@ class SavedPanel(PanelButtons):
         self._due = True
         loop.add_callback(self._keep_picture)
 
+    def _after_cell(self, result):
+        if self._due or self.at != (self.stepper.done, self.stepper.state): self._keep_picture()
+
     def _keep_picture(self):
         self._due = False
-        if self.stepper.state != 'running': update_display(self.saved(), raw=True, display_id=self.key)
+        if self.stepper.state == 'running' or not self.shown: return
+        self.draw() # the worker may not have come to it yet
+        self.at = self.stepper.done, self.stepper.state
+        update_display(self.saved(), raw=True, display_id=self.key)
 
     def __repr__(self): return str(self.stepper)
 
@@ -191,6 +197,7 @@ class SavedPanel(PanelButtons):
         buttons = self.widget._repr_mimebundle_() | {'text/plain': 'Buttons, while the kernel lives.'}
         display(buttons, raw=True)
         display(self.saved(), raw=True, display_id=self.key)
+        if not self.shown: get_ipython().events.register('post_run_cell', self._after_cell)
         self.shown = True
 
 # %% ../nbs/59_panel.ipynb #e148fbba
@@ -237,6 +244,7 @@ class Panel(SavedPanel):
         "Take the panel off the run"
         self.stepper.unlisten(self._heard)
         self.widget.close()
+        if self.shown: get_ipython().events.unregister('post_run_cell', self._after_cell)
         self.shown = False
 
 # %% ../nbs/59_panel.ipynb #dd02b1d1

@@ -137,7 +137,12 @@ def opened(chromium, lab, name, said):
     page = chromium.new_page(viewport=dict(width=1280, height=900))
     page.on('console', lambda m: said.append(m.text) if m.type == 'error' else None)
     page.on('pageerror', lambda e: said.append(f'pageerror: {e}'))
+<<<<<<< HEAD
     page.goto(f'{lab[1]}/lab/tree/{name}?token={TOKEN}&reset', timeout=90_000)  # and no other beside it
+=======
+    alone = f'{lab[1]}/lab/tree/{name}?token={TOKEN}&reset'  # no other notebook beside it
+    page.goto(alone, timeout=90_000)
+>>>>>>> w-panel
     page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=90_000)
     page.get_by_text('| Idle').wait_for(timeout=90_000)  # the kernel is there
     page.get_by_role('menuitem', name='Run', exact=True).first.click()
@@ -172,12 +177,17 @@ STICKS_OUT = """() => {
 }"""
 
 
-def saved_panel(page, notebook):
-    """What the notebook's file stores of the panel, once JupyterLab has written it."""
-    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
-    page.wait_for_timeout(1500)
-    outputs = [o for c in nbformat.read(notebook, as_version=4).cells for o in c.get('outputs', [])]
-    return next(o.data for o in outputs if 'lad-saved-' in o.get('data', {}).get('text/html', ''))
+def saved_panel(page, notebook, step, seconds=60):
+    """What the notebook's file stores of the panel, once that is of this step, with its picture."""
+    end, data = time.time() + seconds, {}
+    while f'class="lad-step">{step}<' not in data.get('text/html', '') or 'image/png' not in data:
+        assert time.time() < end, f'after {seconds} s: {[*data]}, {data.get("text/plain", "")[:60]}'
+        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        page.wait_for_timeout(1000)
+        outputs = [o for c in nbformat.read(notebook, as_version=4).cells for o in c.get('outputs', [])]
+        found = [o.data for o in outputs if 'lad-saved-' in o.get('data', {}).get('text/html', '')]
+        data = found[0] if found else {}
+    return data
 
 
 def shown_without_a_kernel(chromium, notebook):
@@ -212,8 +222,7 @@ def test_the_tutorial_in_a_real_jupyterlab(lab, chromium, tmp_path):
     picture_of(bench.panel, tmp_path, 'light_1280_whole')
 
     assert not page.locator('div[class^="lad-saved-"]').first.is_visible(), 'shown twice'
-    before = saved_panel(page, lab[0]/'tutorial.ipynb')
-    assert f'class="lad-step">{bench.step()}<' in before['text/html'] and 'image/png' in before
+    before = saved_panel(page, lab[0]/'tutorial.ipynb', bench.step())
 
     bench.press('Run')
     bench.until(lambda: bench.state() == 'working' and bench.step() >= begun + 5)
@@ -227,9 +236,9 @@ def test_the_tutorial_in_a_real_jupyterlab(lab, chromium, tmp_path):
     paused = bench.step()
     page.wait_for_timeout(1500)
     assert bench.step() == paused > begun + 5 and bench.picture() not in seen
-    saved = saved_panel(page, lab[0]/'tutorial.ipynb')
-    assert f'class="lad-step">{paused}<' in saved['text/html'] and '>held<' in saved['text/html']
-    assert f'{bench.loss():.4g}' in saved['text/html'] and saved['image/png'] != before['image/png']
+    saved = saved_panel(page, lab[0]/'tutorial.ipynb', paused)
+    assert '>held<' in saved['text/html'] and f'>{bench.loss():.4g}<' in saved['text/html']
+    assert saved['image/png'] != before['image/png']
     assert shown_without_a_kernel(chromium, lab[0]/'tutorial.ipynb') == (paused, 'held')
 
     theme(page, 'Dark')
