@@ -137,12 +137,8 @@ def opened(chromium, lab, name, said):
     page = chromium.new_page(viewport=dict(width=1280, height=900))
     page.on('console', lambda m: said.append(m.text) if m.type == 'error' else None)
     page.on('pageerror', lambda e: said.append(f'pageerror: {e}'))
-<<<<<<< HEAD
-    page.goto(f'{lab[1]}/lab/tree/{name}?token={TOKEN}&reset', timeout=90_000)  # and no other beside it
-=======
     alone = f'{lab[1]}/lab/tree/{name}?token={TOKEN}&reset'  # no other notebook beside it
     page.goto(alone, timeout=90_000)
->>>>>>> w-panel
     page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=90_000)
     page.get_by_text('| Idle').wait_for(timeout=90_000)  # the kernel is there
     page.get_by_role('menuitem', name='Run', exact=True).first.click()
