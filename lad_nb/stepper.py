@@ -133,7 +133,7 @@ def _wanted(turn, pace, step):
     if step >= min(turn.target, turn.total): return 'weights'
     return 'weights' if turn.listeners and pace.free() else 'parts'
 
-# %% ../nbs/58_stepper.ipynb #fb4a78b0
+# %% ../nbs/58_stepper.ipynb #b5bb16c9
 class Session(TrainerCallback):
     "Keeps the full records of a run"
     def __init__(self,
@@ -297,7 +297,7 @@ class HeardRun(SteppedRun):
         "Call f no more"
         if f in self.turn.listeners: self.turn.listeners.remove(f)
 
-# %% ../nbs/58_stepper.ipynb #61499311
+# %% ../nbs/58_stepper.ipynb #751a1299
 def logged_history(
     lines: list,   # of a log
     columns: list, # step, loss, hard, soft, hidden_1, ..
@@ -305,7 +305,7 @@ def logged_history(
     "The lines that have a loss, as rows of a history; parts that are not logged are 0"
     return [tuple(line.get(name) or 0. for name in columns) for line in lines if 'loss' in line]
 
-# %% ../nbs/58_stepper.ipynb #f83adcda
+# %% ../nbs/58_stepper.ipynb #a87f4d88
 @contextlib.contextmanager
 def _at_rest(model):
     "Without dropout and gradients; every part trains again afterwards if it did before"
@@ -315,7 +315,7 @@ def _at_rest(model):
     finally:
         for module, training in before.items(): module.training = training
 
-# %% ../nbs/58_stepper.ipynb #1c001982
+# %% ../nbs/58_stepper.ipynb #65c783c0
 def _first_pass(trainer, rows):
     "The distiller's output for the first training rows, and which of their tokens are real"
     some = trainer.train_dataset.select(range(min(rows, len(trainer.train_dataset))))
@@ -323,7 +323,7 @@ def _first_pass(trainer, rows):
     batch.pop('row') # their numbers, which are the trainer's own affair
     with _at_rest(trainer.model) as distiller: return distiller(**batch, output_states=True), batch
 
-# %% ../nbs/58_stepper.ipynb #e8d850f5
+# %% ../nbs/58_stepper.ipynb #237a7760
 class GateReading:
     "What the gates take before the next update: as much of a record as a heat map needs"
     parts, full = None, False
@@ -410,11 +410,11 @@ class BegunRun(HeardRun):
         earlier = [row for row in logged_history(self.log, columns) if row[0] < first]
         self.reader.history, self.reader.columns = earlier + taken, columns
 
-# %% ../nbs/58_stepper.ipynb #99299b03
+# %% ../nbs/58_stepper.ipynb #774ab637
 def _not_while_running(run, what):
     if run.state == 'running': raise RuntimeError(f"The run goes on; {what} when it is held: pause() first.")
 
-# %% ../nbs/58_stepper.ipynb #f862e716
+# %% ../nbs/58_stepper.ipynb #5fcd0b79
 class AskedRun(BegunRun):
     "Answers questions about where it stands"
     def read_gates(self) -> GateReading | None: # None for a method without gates
@@ -451,7 +451,7 @@ class AskedRun(BegunRun):
         write_text(Path(path), page)
         return Path(path)
 
-# %% ../nbs/58_stepper.ipynb #cb35df07
+# %% ../nbs/58_stepper.ipynb #af09c707
 class Stepper(AskedRun):
     "A real training run, held between two updates"
     def resume(self):
