@@ -505,7 +505,7 @@ def _step_of(place):
 
 def _last_epoch(said, recipe, step):
     "The epoch, from 0, of the last update before a step: what was drawn then is drawn again"
-    rows = (said.get('rows') or {}).get('count', 0)
+    rows = said['rows'].get('count', 0) if isinstance(said.get('rows'), dict) else 0
     how = recipe.batch_size, recipe.accum_step, recipe.keep_last_batch
     return ((step or recipe.total_step) - 1)//updates_per_epoch(rows, *how)
 

@@ -28,6 +28,8 @@ TOKEN = 'hf_this_is_a_secret_of_the_tests'
 SENT = {'model.safetensors', 'gates.safetensors', 'config.json', 'tokenizer.json', 'tokenizer_config.json',
         CHECKSUMS, 'recipe.json', 'README.md'}
 
+NONE = ''  # instead of a token
+
 
 @pytest.fixture(scope='module')
 def done(quick, tmp_path_factory):
@@ -203,7 +205,7 @@ def test_all_of_a_run(done, hub):
 
 @pytest.mark.parametrize('how, says', [
     (dict(offline='1'), 'HF_HUB_OFFLINE is set'),
-    (dict(token=''), 'There is no token for the hub'),
+    (dict(token=NONE), 'There is no token for the hub'),
     (dict(url='http://127.0.0.1:9'), 'The hub at http://127.0.0.1:9 does not answer'),
     (dict(refuses=True), r'The hub refused me/student \(status 403\)')], ids=lambda x: str(x)[:12])
 def test_what_can_go_wrong(done, hub, how, says):
@@ -213,7 +215,7 @@ def test_what_can_go_wrong(done, hub, how, says):
 
 
 def test_a_dry_run_asks_nobody(done, hub):
-    code, out, err = pushed(done, hub.url, '--dry_run', token='')
+    code, out, err = pushed(done, hub.url, '--dry_run', token=NONE)
     assert code == 0 and not hub.tokens and hub.made is None, err
     assert {line.split()[-1] for line in out.splitlines()[:-1]} == {*files_to_push(done).file}
 
