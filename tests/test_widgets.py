@@ -118,6 +118,7 @@ def test_scores_on_dev_are_drawn_from_the_log(experiments, recipe):
             log.write(json.dumps(dict(step=step, eval_loss=.7, eval_accuracy=.5 + step/10)) + '\n')
     board.draw()
     assert 'accuracy 0.700' in board.places['dev'].value and len(stepper.history) == 2
+    stepper.stop(save=False)
 
 
 @pytest.mark.slow
