@@ -76,6 +76,7 @@ def build(experiments, root, die=0, nap=0):
     return 'builds_a_cache.py', experiments/'teacher_bert_toy', root, die, nap
 
 
+@pytest.mark.slow
 def test_killed_while_building(experiments, tmp_path):
     """Each process dies at its second shard; the next one goes on with it."""
     deaths = 0

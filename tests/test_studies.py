@@ -139,6 +139,7 @@ def test_a_study_of_two_processes_killed_at_its_parent(tiny, tmp_path, moments, 
           f'was gone after at most {max(t for _, t in gone)} s; {gone}')
 
 
+@pytest.mark.slow
 def test_two_studies_at_once(tiny, tmp_path):
     """One root, one table: both end well, every run has one line, and nothing is trained twice."""
     whole = run_study(study(tiny, 60), tmp_path / 'whole', tmp_path / 'whole', say=silent)
