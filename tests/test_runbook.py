@@ -220,6 +220,7 @@ def smaller(words):
     return [words[0], *(w for pair in flags.items() for w in pair)], flags
 
 
+@pytest.mark.slow
 @needs_book
 def test_in_order_on_the_real_rte(glue, tmp_path, monkeypatch, capsys):
     """Teacher, all distillations, scores on train and dev, predictions."""
