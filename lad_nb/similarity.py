@@ -360,8 +360,9 @@ def _weights_of_parts(
     said: dict, # a recipe.json
 ) -> dict:      # {part: weight}
     "What each part of a loss is multiplied by before they are added up"
-    recipe, mapping = said['recipe'], mapping_from_dict(said['mapping'])
+    recipe = said['recipe']
     if recipe['method'] in ('fine_tune', 'undistilled'): return dict(loss=1., hard=1.)
+    mapping = mapping_from_dict(said['mapping'])
     beside = {part: 1. if part == 'task' else recipe['mu']/mapping.M for part in mapping.parts}
     return dict(loss=1., hard=recipe['hard_weight'], soft=recipe['soft_weight']) | beside
 

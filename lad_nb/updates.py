@@ -108,7 +108,7 @@ def updates_per_epoch(
 ) -> int:
     "The updates of one of Trainer's epochs"
     if not keep_last_batch: return max(1, rows//batch_size)
-    return len(EveryRow(rows, batch_size//accum_step, accum_step))//accum_step
+    return max(1, len(EveryRow(rows, batch_size//accum_step, accum_step))//accum_step)
 
 # %% ../nbs/43_updates.ipynb #a6885adb
 class EpochOrder(TrainerCallback):
