@@ -20,10 +20,11 @@ def main(
 ) -> int:                   # exit code
     "The console command `lad-nb`; also `python -m lad_nb`"
     before = signal.getsignal(signal.SIGINT)
+    def ready(): signal.signal(signal.SIGINT, before)
     if before != signal.SIG_IGN: signal.signal(signal.SIGINT, _leave)
     from lad_nb.cli import main as run
-    signal.signal(signal.SIGINT, before)
-    code = run(argv)
+    try: code = run(argv, ready)
+    finally: ready()
     if code == 130: signal.signal(signal.SIGINT, signal.SIG_IGN)
     return code
 

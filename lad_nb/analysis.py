@@ -20,7 +20,7 @@ from .devices import pick_device
 from .tasks import get_task
 from .data import collator, encode, load_task
 from .rows import Rows, rows_of
-from .gates import Aggregates, gate_amounts, measure_name, to_shares
+from .gates import Aggregates, Untold, gate_amounts, measure_name, to_shares
 from .targets import Gate, Layer
 from .losses import has_label
 from .distiller import DistilOutput
@@ -364,6 +364,9 @@ def gate_openness(
         real = batch['attention_mask'].bool()
         for step, gates in chains.items():
             for k, z in gates(out.teacher_hidden).openness.items(): spread[step, k].add(z[real])
+    if run[0].objective.gates.gate and chains and not spread:
+        raise Untold(f"{folder} was trained with the gate {run[2].gate!r}, which gives no openness: return z "
+                     "beside the aggregate (see gates.GateBlock).")
     rows = [dict(step=step, gate=k) | found.row() for (step, k), found in spread.items()]
     columns = ['step', 'gate', 'openness', 'sd', 'sd_tokens', 'sd_dims', 'tokens']
     return pd.DataFrame(rows, columns=columns).sort_values(['step', 'gate'], ignore_index=True)

@@ -108,10 +108,12 @@ class GatesAndProjections(nn.Module):
         norm: str='sequence',                 # of the gates: 'sequence' or 'token'
         seq_len: int | None=None,             # S, for norm='sequence'
         match: str='mse',                     # of a layer and its target: a key of `losses.matches`
+        gate: str | type='highway',           # the gates' class, or its name in `gates.gate_kinds`
     ):
         super().__init__()
         self.mapping, self.match = mapping, match
-        self.gates = GateChain(mapping.segments, hidden_size, norm, seq_len) if mapping.segments else None
+        chain = (mapping.segments, hidden_size, norm, seq_len, gate)
+        self.gates = GateChain(*chain) if mapping.segments else None
         differ, widths = student_hidden_size not in (None, hidden_size), (student_hidden_size, hidden_size)
         asked = [p for p in mapping.pairs if p.source.asks_student or not matches[match].any_width]
         project = {str(p.student): nn.Linear(*widths) for p in asked if differ}
@@ -133,7 +135,8 @@ class GatesAndProjections(nn.Module):
             weigh = {k: str(p) for k, p in self.gates.place.items() if str(p) in self.gates.gate}
             found |= {f'gate {k}': self.gates.gate[p] for k, p in weigh.items()}
         found |= {f'projection {m}': block for m, block in (self.project or {}).items()}
-        return found | {f'source {name}': block for name, block in self.learned.items()}
+        found |= {f'source {name}': block for name, block in self.learned.items()}
+        return {name: block for name, block in found.items() if list(block.parameters())} # some learn nothing
 
 # %% ../nbs/24_distiller.ipynb #889534a3
 class HiddenObjective(GatesAndProjections):
@@ -228,15 +231,15 @@ class Objective(WeighedParts, HiddenObjective):
         seq_len: int | None=None,             # S, for norm='sequence'
         soft_weight: float=0.7,               # of the soft loss
         hard_weight: float=0.3,               # of the hard loss
-        softmax_temp: float=5.,               # tau
-        mu: float=500.,                       # of the hidden losses, which share it: mu/M each
+        softmax_temp: float=5., mu: float=500., # tau; weight of the hidden losses, mu/M each
         mask_padding: bool=False,             # True: hidden losses average over real tokens only
         regression: bool=False,               # mean squared errors on the logit
         match: str='mse', target_norm: str='none', # how a layer is matched: see `losses.hidden_loss`
+        gate: str | type='highway',           # as in `GatesAndProjections`
     ):
         check_weights(soft_weight, hard_weight, softmax_temp, mu)
         check_match(match, target_norm, mapping.on)
-        super().__init__(mapping, hidden_size, student_hidden_size, norm, seq_len, match)
+        super().__init__(mapping, hidden_size, student_hidden_size, norm, seq_len, match, gate)
         self.soft_weight, self.hard_weight, self.softmax_temp = soft_weight, hard_weight, softmax_temp
         self.mu, self.mask_padding, self.regression = mu, mask_padding, regression
         self.target_norm = target_norm

@@ -33,7 +33,8 @@ def fresh_objective(
     widths = distiller.teacher.config.hidden_size, distiller.student.config.hidden_size
     with torch.random.fork_rng(devices=[]): # the CPU's generator alone: that is where gates are made
         torch.default_generator.manual_seed(recipe.seed)
-        return Objective(distiller.mapping, *widths, recipe.norm, recipe.max_seq_len, match=recipe.match)
+        return Objective(distiller.mapping, *widths, recipe.norm, recipe.max_seq_len, match=recipe.match,
+                         gate=recipe.gate)
 
 # %% ../nbs/49_movement.ipynb #67d6b8cb
 def _moved(now, before):

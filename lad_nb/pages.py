@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PANEL_STYLE', 'tag', 'to_html', 'cards', 'styled_html', 'heat_html', 'groups_html', 'examples_html', 'numbers_html',
-           'status_html', 'curves_html', 'mapping_html', 'pages_of']
+           'status_html', 'curve_place', 'curves_html', 'dev_html', 'mapping_html', 'pages_of', 'replay_html']
 
 # %% ../nbs/56_pages.ipynb #7e7a865b
+import base64, hashlib, json
 import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ PANEL_STYLE = '''<style>
 .lad-nb td, .lad-nb th {padding: 2px 5px; text-align: right; border: none; background: none;
   font-variant-numeric: tabular-nums; white-space: nowrap; font-weight: normal; color: inherit}
 .lad-nb th {opacity: .75}
-.lad-nb td.text, .lad-nb th.text {text-align: left; white-space: normal; min-width: 110px; max-width: 300px}
+.lad-nb td.text, .lad-nb th.text {text-align: left; white-space: normal; min-width: 110px; width: 100%}
+.lad-nb .lad-card:has(td.text), .lad-nb .widget-html:has(td.text) {flex: 1 1 400px; min-width: 0;
+  max-width: 860px}
 .lad-nb svg {max-width: 100%; height: auto; display: block}
 .lad-nb svg text {fill: currentColor; font-size: 10px}
 .lad-nb .lad-step, .lad-nb .lad-loss {font-weight: bold; font-variant-numeric: tabular-nums}
@@ -164,15 +167,20 @@ def status_html(
     done: int,               # updates
     total: int,              # updates of the run
     loss: float | None=None, # of the newest update
-    state: str='',           # as `Stepper.state`
+    state: str='',           # what it does, in a word
     error: BaseException | None=None,
+    scores: dict | None=None, # {metric: value} on dev
+    folder: str='',          # of the run
 ) -> str:
-    "Where a run is, in a line"
+    "Where a run is, in a line, and where its folder is, in another"
     inside = ['update ', tag('span', done, class_='lad-step'), f' of {total}']
     if loss is not None: inside += [', loss ', tag('span', f'{loss:.4g}', class_='lad-loss')]
     if state: inside += [', ', tag('span', state, class_='lad-state')]
     if error is not None: inside.append(f': {error!r}')
-    return to_html(tag('div', *inside))
+    for name, value in (scores or {}).items():
+        inside += [f', dev {name} ', tag('span', f'{value:.3f}', class_='lad-score')]
+    below = [tag('div', tag('span', folder, class_='lad-folder'), style='opacity:.75')]*bool(folder)
+    return to_html(tag('div', *inside), *below)
 
 # %% ../nbs/56_pages.ipynb #706d4811
 @dataclass
@@ -248,6 +256,18 @@ def _thinned(history, most):
     if len(history) <= most: return history
     return [history[i] for i in np.unique(np.linspace(0, len(history) - 1, most).astype(int))]
 
+# %% ../nbs/56_pages.ipynb #ac737dc8
+_sides = 40, 74 # pixels left and right of the curves
+
+def curve_place(
+    step: int,      # an update
+    history: list,  # as in `curves_html`
+    width: int=380, # pixels
+) -> float:         # pixels from the left
+    "Where an update is on the curves"
+    scale = _Scale(_sides[0], width - _sides[1], 0, 0, history[0][0], history[-1][0], 1, 1)
+    return round(float(min(max(scale.x(step), scale.left), scale.right)), 1)
+
 # %% ../nbs/56_pages.ipynb #0c7fbd9b
 def curves_html(
     history: list,   # of rows: step, loss, hard, soft, hidden_1, .., unweighted
@@ -256,6 +276,7 @@ def curves_html(
     width: int=380,  # pixels
     height: int=190, # pixels
     most: int=240,   # updates to draw
+    at: int | None=None, # an update to mark
 ) -> str:
     "Terms of the loss over updates, on a log axis; empty while there is nothing above 0"
     if not history: return ''
@@ -264,13 +285,61 @@ def curves_html(
     positive = values.to_numpy()[values > 0]
     if not len(positive): return ''
     low, high = positive.min()/1.15, positive.max()*1.15
-    scale = _Scale(40, width - 74, 8, height - 22, steps[0], steps[-1], low, high)
+    left, right = _sides[0], width - _sides[1]
+    scale = _Scale(left, right, 8, height - 22, steps[0], steps[-1], low, high)
     wanted = [scale.y(v) + 3 for v in values.iloc[-1]]
     places, drawn = _apart(wanted, 11, scale.top + 6, scale.bottom + 4), _grid(scale, height)
     for name, place in zip(values, places):
         drawn += _curve(scale, name, steps, values[name].to_numpy(), place)
+    if at is not None:
+        x = curve_place(at, history, width)
+        drawn.append(_line(x, scale.top, x, scale.bottom, class_='lad-at', stroke='currentColor'))
     return _page('Loss and its terms (log scale)',
                  tag('svg', *drawn, viewBox=f'0 0 {width} {height}', width=width))
+
+# %% ../nbs/56_pages.ipynb #2290c6ad
+_not_scores = [f'eval_{name}' for name in ('runtime', 'samples_per_second', 'steps_per_second',
+                                           'model_preparation_time')]
+
+def _dev_scores(lines):
+    "step, and what was scored there, as a frame"
+    names = dict.fromkeys(k for line in lines for k in line if k.startswith('eval_') and k not in _not_scores)
+    rows = [line for line in lines if any(name in line for name in names)]
+    return pd.DataFrame(rows, columns=['step', *names])
+
+# %% ../nbs/56_pages.ipynb #d6cea331
+def _dev_curve(name, steps, values, top, first, last, width):
+    "One score over updates, between its smallest and its largest value"
+    low, high, left = min(values), max(values), _sides[0]
+    y = lambda v: top + 62 - 48*((v - low)/(high - low) if high > low else .5)
+    x = lambda step: left + (step - first)/max(1, last - first)*(width - _sides[1] - left)
+    color = PART_COLOURS['hidden' if name == 'loss' else 'soft']
+    dot = lambda s, v: tag('circle', cx=f'{x(s):.1f}', cy=f'{y(v):.1f}', r=2.2, fill=color)
+    dots = [dot(s, v) for s, v in zip(steps, values)]
+    line = tag('polyline', points=' '.join(f"{d.get('cx')},{d.get('cy')}" for d in dots), fill='none',
+               stroke=color, stroke_width=1.6)
+    ends = [_label(left - 4, f'{y(v) + 3:.1f}', f'{v:.3g}', 'end') for v in dict.fromkeys((low, high))]
+    now = _label(width - _sides[1] + 6, f'{y(values[-1]) + 3:.1f}', f'{name} {values[-1]:.3f}')
+    return [line, *dots, *ends, now]
+
+# %% ../nbs/56_pages.ipynb #53a9b126
+def dev_html(
+    lines: list,    # of a run's log: those with eval_loss, eval_accuracy, .. beside their step
+    width: int=340, # pixels
+) -> str:
+    "Scores on dev over updates, and the loss there; empty while there are none"
+    scores = _dev_scores(lines)
+    if not len(scores): return ''
+    first, last, drawn = scores.step.iloc[0], scores.step.iloc[-1], []
+    for i, name in enumerate(scores.columns[1:]):
+        some = scores[['step', name]].dropna()
+        drawn += _dev_curve(name.removeprefix('eval_'), some.step.tolist(), some[name].tolist(), 70*i, first,
+                            last, width)
+    height = 70*(len(scores.columns) - 1) + 22
+    drawn += [_label(_sides[0], height - 4, f'{first:g}'),
+              _label(width/2 - 17, height - 4, 'update', 'middle'),
+              _label(width - _sides[1], height - 4, f'{last:g}', 'end')]
+    return _page('On dev', tag('svg', *drawn, viewBox=f'0 0 {width} {height}', width=width))
 
 # %% ../nbs/56_pages.ipynb #b80b4224
 _kinds = dict(layer=('teacher', 24, '#0072B2'),   # name, place from the left in pixels, colour
@@ -354,3 +423,80 @@ def pages_of(
                 heat=heat_html(record, what) if record.taken else '',
                 groups=groups_html(record) if record.full else '',
                 examples=examples_html(record))
+
+# %% ../nbs/56_pages.ipynb #7555fbb3
+_SCRIPT = '''
+const frames = JSON.parse(document.getElementById('lad-frames').textContent)
+const slider = document.getElementById('lad-slider'), play = document.getElementById('lad-play')
+const marks = document.getElementsByClassName('lad-at')
+let timer = null
+function show(i) {
+  const frame = frames[i]
+  for (const [name, page] of Object.entries(frame.pages))
+    document.getElementById('lad-page-' + name).innerHTML = page
+  for (const mark of marks) { mark.setAttribute('x1', frame.place); mark.setAttribute('x2', frame.place) }
+  slider.value = i
+}
+function rest() { clearInterval(timer); timer = null; play.textContent = 'Play' }
+function go(by) { show(Math.min(frames.length - 1, Math.max(0, Number(slider.value) + by))) }
+function tick() { go(1); if (Number(slider.value) === frames.length - 1) rest() }
+function start() {
+  if (Number(slider.value) === frames.length - 1) show(0)
+  timer = setInterval(tick, 600); play.textContent = 'Pause'
+}
+slider.addEventListener('input', () => { rest(); show(Number(slider.value)) })
+document.getElementById('lad-back').addEventListener('click', () => { rest(); go(-1) })
+document.getElementById('lad-next').addEventListener('click', () => { rest(); go(1) })
+play.addEventListener('click', () => timer === null ? start() : rest())
+show(frames.length - 1)
+'''
+
+# %% ../nbs/56_pages.ipynb #1147e515
+def _policy(): # what the page may do
+    "Its own script and styles; nothing from elsewhere"
+    script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    allowed = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
+    return f'<meta http-equiv="Content-Security-Policy" content="{allowed}">'
+
+def _in_script(value): return json.dumps(value).replace('<', '\\u003c') # JSON that can stand in a page
+
+# %% ../nbs/56_pages.ipynb #f3b1fe2c
+def _frame(record, what, history):
+    "What the page shows of an update"
+    status = status_html(record.step, record.total, record.parts['loss'])
+    return dict(place=curve_place(record.step, history), pages=dict(status=status) | pages_of(record, what))
+
+# %% ../nbs/56_pages.ipynb #1dea5e63
+_PLAYER = '''<div style="display:flex;gap:8px;align-items:center;margin:10px 0">
+<button id="lad-back" title="one update back">◂</button><button id="lad-play">Play</button>
+<button id="lad-next" title="one update on">▸</button>
+<input id="lad-slider" type="range" min="0" max="{last}" value="{last}" style="flex:1;max-width:640px"
+ aria-label="update"></div>'''
+
+_PAGE_STYLE = '''<style>:root {color-scheme: light dark}
+body {margin: 16px; font-family: system-ui, sans-serif}
+h1 {font-size: 17px; margin: 0 0 2px}</style>'''
+
+# %% ../nbs/56_pages.ipynb #762f361e
+def replay_html(
+    records: list,       # full `StepRecord`s, at least one
+    history: list,       # as in `curves_html`
+    columns: list,       # their names
+    title: str,          # of the page
+    about: str='',       # a line below it
+    lines: list=(),      # of the run's log, as in `dev_html`
+    what: str='content', # shares to show: 'content' or 'mixing'
+) -> str:
+    "A page that replays updates with a slider; one file, without a server"
+    frames = [_frame(r, what, history) for r in records]
+    last = frames[-1]['pages'] # shown without scripts as well
+    place = {name: f'<div class="lad-card" id="lad-page-{name}">{page}</div>' for name, page in last.items()}
+    curves = curves_html(history, columns, records[-1].weights, at=records[-1].step)
+    fixed = [f'<div class="lad-card">{page}</div>' for page in (curves, dev_html(lines)) if page]
+    inside = [*fixed, *(place[name] for name in last if name != 'status')]
+    return '\n'.join(['<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8">', _policy(),
+                      to_html(tag('title', title)), PANEL_STYLE, _PAGE_STYLE, '</head><body class="lad-nb">',
+                      to_html(tag('h1', title), tag('div', about)), _PLAYER.format(last=len(frames) - 1),
+                      place['status'], f'<div class="lad-cards">{"".join(inside)}</div>',
+                      f'<script type="application/json" id="lad-frames">{_in_script(frames)}</script>',
+                      f'<script>{_SCRIPT}</script>', '</body></html>'])

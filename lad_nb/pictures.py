@@ -170,6 +170,12 @@ def _draw_worst(ax, mapping, record):
     ax.title.set_size(8)
     if worst: ax.plot(2, mapping.student_of(worst)*mapping.T/mapping.M, 'o', **circle)
 
+# %% ../nbs/55_pictures.ipynb #9bf27ef8
+def _weights(record, distiller):
+    "The weight of each part, of a record or of a run that has taken no update here"
+    weights = distiller.objective.weights if record is None else record.weights
+    return {part: w for part, w in weights.items() if w}
+
 # %% ../nbs/55_pictures.ipynb #c3fa35f9
 @matplotlib.rc_context(_small_type)
 def draw_run(
@@ -182,7 +188,7 @@ def draw_run(
     shares = record is not None and bool(record.taken)
     figure = Picture(figsize=(8.2 if shares else 4.4, 2.7))
     curves, *heat, arrows = figure.subplots(1, 2 + shares, width_ratios=[1.2, *[1.6]*shares, .9])
-    if len(history): _draw_terms(curves, history, record.weights)
+    if len(history): _draw_terms(curves, history, _weights(record, distiller))
     curves.set(xlabel='update', ylabel='term of the loss', title='Loss and its terms')
     curves.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
     if shares: _shares_on(record, heat[0], what)

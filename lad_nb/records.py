@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from .losses import has_label
 from .distiller import Distiller
 from .encoders import parts_of
-from .gates import measure_name
+from .gates import Untold, measure_name
 from .mappings import Mapping
 from .training import LossParts
 from .pictures import Picture, draw_record, share_frame
@@ -238,6 +238,13 @@ class Movement:
         self.size = group_norms(now)
 
 # %% ../nbs/57_records.ipynb #4cd922f9
+def _gates_take(distiller, out, what, by):
+    "What each gate takes, token by token; NaN where gates of one's own don't tell"
+    try: return distiller.gate_amounts(out, what, by)
+    except Untold:
+        B, S, T = *out.teacher_hidden[0].shape[:2], distiller.mapping.T
+        return out.teacher_hidden[0].new_full((B, S, T, T + 1), float('nan'), dtype=torch.float32)
+
 def _taken(distiller, out, real, by):
     "{'content', 'mixing': {gate, or student layer that attends: (T + 1,) amounts}}"
     mapping, found = distiller.mapping, {}
@@ -245,7 +252,7 @@ def _taken(distiller, out, real, by):
     if not mapping.segments and mapping.on == 'cls':
         real = real*(torch.arange(real.shape[1], device=real.device) == 0)
     for what in ('content', 'mixing'):
-        if mapping.segments: rows = dict(enumerate(distiller.gate_amounts(out, what, by).unbind(2), start=1))
+        if mapping.segments: rows = dict(enumerate(_gates_take(distiller, out, what, by).unbind(2), start=1))
         else: rows = distiller.source_amounts(out, what, by)
         rows = {k: a for k, a in rows.items() if k in (mapping.gates or out.attention)}
         found[what] = {k: (a*real.unsqueeze(-1)).sum((0, 1)) for k, a in rows.items()}

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PLACES', 'experiment_folder', 'find_experiment', 'check_new', 'checkpoints', 'find_checkpoint', 'sound_checkpoint',
            'read_log', 'versions', 'code_version', 'seen_from', 'found_from', 'remember', 'remembered', 'found_places',
-           'run_description', 'task_of', 'run_setting', 'bad_rows_of', 'pretrained_of', 'check_sources', 'check_given',
+           'run_description', 'task_of', 'run_setting', 'end_of', 'bad_rows_of', 'pretrained_of', 'check_sources',
+           'check_given', 'class_told', 'own_classes', 'what_ran', 'changed_classes', 'warn_changed', 'check_classes',
            'check_same']
 
 # %% ../nbs/40_runs.ipynb #e0ec8bd2
-import contextlib, hashlib, json, os, platform, re, subprocess, sys
+import ast, contextlib, dis, hashlib, inspect, json, os, platform, re, subprocess, sys, textwrap, warnings
 from functools import cache
 from pathlib import Path
 
@@ -17,9 +18,11 @@ import accelerate, datasets, torch, transformers
 from transformers import CONFIG_MAPPING
 
 import lad_nb
-from .durable import LOCK, check_links, clear_place, find_damage, read_json, write_text
+from .durable import CHECKSUMS, LOCK, check_links, clear_place, find_damage, read_json, write_text
 from .values import check_value, shown
 from .tasks import Task, get_task, learn_task
+from .gates import gate_kinds
+from .targets import Source
 from .models import check_model
 
 # %% ../nbs/40_runs.ipynb #2a7abcaa
@@ -68,7 +71,8 @@ def check_new(
     if all(p.name == LOCK for p in folder.iterdir()): return
     there = ', '.join(sorted(p.name for p in folder.iterdir())[:4])
     raise FileExistsError(f"{shown(folder)} exists and holds {shown(there)}, ... Resume it "
-                          "(resume=True, --resume), choose another experiment name, or delete it.")
+                          "(resume=True, --resume), write over it (overwrite=True, --overwrite), or choose "
+                          "another experiment name.")
 
 # %% ../nbs/40_runs.ipynb #7439ae1d
 def _numbered(folder):
@@ -229,14 +233,21 @@ def found_places(
         if not os.path.isdir(place) and (elsewhere := remembered(sha256)): found[name] = str(elsewhere)
     return recipe | found
 
+# %% ../nbs/40_runs.ipynb #4099e059
+def _no_run(folder):
+    "What is wrong with a folder that has no recipe.json; of a checkpoint, whose it is"
+    if folder.name in map('checkpoint-{}'.format, checkpoints(folder.parent)):
+        step = folder.name.rpartition('-')[2]
+        return f"{folder} is a checkpoint. Name its run and its update: {folder.parent}, step={step}."
+    return f"There is no run folder at {folder}: it has no recipe.json."
+
 # %% ../nbs/40_runs.ipynb #41cc6c3f
 def run_description(
     folder: str | Path, # a run folder
 ) -> dict:              # its recipe.json, in which the folders of a recipe are those that are here
     "What a run folder says of itself; a task of one's own is known by its name then"
     path = Path(folder)/'recipe.json'
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no run folder at {folder}: it has no recipe.json.")
+    if not path.is_file(): raise FileNotFoundError(_no_run(Path(folder)))
     check_links(folder)
     said = read_json(path)
     if not isinstance(said, dict):
@@ -267,6 +278,19 @@ def run_setting(
     path = Path(folder)/'recipe.json'
     if not path.is_file(): return default
     return found_places(read_json(path), Path(folder).parent).get(name, default)
+
+# %% ../nbs/40_runs.ipynb #6ab17c99
+def end_of(
+    folder: str | Path, # a run folder
+) -> Path:              # itself; the last checkpoint of a run that did not finish
+    "Where a run's last student is; a warning says so where that is a checkpoint"
+    folder = Path(folder)
+    if (folder/CHECKSUMS).exists() or any(folder.glob('model*.safetensors')): return folder
+    last, total = find_checkpoint(folder), run_setting(folder, 'total_step')
+    step = last.name.rpartition('-')[2]
+    warnings.warn(shown(f"{folder} did not finish; its last checkpoint, update {step} of {total}, is taken. "
+                        "Resume it (resume=True, --resume) for the rest."))
+    return last
 
 # %% ../nbs/40_runs.ipynb #26546825
 def bad_rows_of(
@@ -341,6 +365,134 @@ def check_given(
         raise ValueError(f"{who} was trained on rows that were given in Python: {rows.get('count')} rows, "
                          f"{_short(rows)} Give the same rows again: rows=...")
 
+# %% ../nbs/40_runs.ipynb #ae0d68b4
+_known_values = (bool, int, float, str, tuple, type(None))
+
+def _values(names):
+    "The plain values among names, as text"
+    known = {n: v for n, v in names.items() if isinstance(v, _known_values) and not n.startswith('__')}
+    return [f'{n} = {v!r}' for n, v in sorted(known.items())]
+
+def _text_of(function):
+    "A function's code without comments and layout; '' where none is kept"
+    try: text = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError): return ''
+    with contextlib.suppress(SyntaxError): text = ast.unparse(ast.parse(text)) # a lambda is half a statement
+    return text
+
+def _named_in(code):
+    "The globals that a piece of code names"
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == 'LOAD_GLOBAL'}
+    return names.union(*map(_named_in, filter(inspect.iscode, code.co_consts)))
+
+# %% ../nbs/40_runs.ipynb #596363fa
+def _of_package(thing):
+    "Whether somebody else's version number tells what it does"
+    home = (thing.__module__ or '').partition('.')[0]
+    return home in ('lad_nb', 'torch') or home in sys.stdlib_module_names
+
+def _functions(cls):
+    "The functions, properties and class methods that a class defines"
+    inside = (getattr(v, 'fget', None) or getattr(v, '__func__', v) for v in vars(cls).values())
+    return [inspect.unwrap(f) for f in inside if inspect.isfunction(f)]
+
+def _code_in(thing, seen):
+    "Yields the texts of a function or class, and of what it calls or is made from in the same module"
+    if id(thing) in seen or _of_package(thing): return
+    seen[id(thing)] = thing
+    if isinstance(thing, type):
+        yield from _values(vars(thing))
+        inside = [*thing.__bases__, *_functions(thing)]
+    else:
+        named = {n: thing.__globals__[n] for n in sorted(_named_in(thing.__code__)) if n in thing.__globals__}
+        yield _text_of(thing)
+        yield from _values(named)
+        called = (v for v in named.values() if inspect.isfunction(v) or isinstance(v, type))
+        inside = [v for v in called if v.__module__ == thing.__module__]
+    for part in inside: yield from _code_in(part, seen)
+
+# %% ../nbs/40_runs.ipynb #a5c1e03f
+def class_told(
+    cls: type, # of a gate or a source
+) -> dict:     # name, and the sha256 of what it does where its source is kept; {} for the package's own
+    "What tells a class of one's own from another of its name"
+    if _of_package(cls): return {}
+    seen = {}
+    code = '\n'.join(_code_in(cls, seen))
+    functions = [t for t in seen.values() if inspect.isfunction(t)]
+    known = not functions or any(map(_text_of, functions))
+    found = hashlib.sha256(code.encode()).hexdigest()[:16]
+    return dict(name=cls.__name__) | (dict(sha256=found) if known else {})
+
+# %% ../nbs/40_runs.ipynb #544baa16
+def own_classes(
+    said: dict, # a recipe.json, or what is to become one
+) -> dict:      # {'gate tempered', 'source MeanOf': class, or None where it is not defined here}
+    "The gates and sources that a run names"
+    recipe, mapping = _as_dict(said.get('recipe')), _as_dict(said.get('mapping'))
+    pairs = mapping.get('pairs') if isinstance(mapping.get('pairs'), list) else []
+    kinds = [str(_as_dict(_as_dict(p).get('source')).get('kind')) for p in pairs]
+    gates = [str(recipe.get('gate', 'highway'))] if mapping.get('segments') else []
+    found = {f'gate {name}': gate_kinds.get(name) for name in gates}
+    return found | {f'source {kind}': Source.kinds.get(kind) for kind in dict.fromkeys(kinds)}
+
+def what_ran(
+    said: dict, # what is to become a recipe.json
+) -> dict:      # `versions`, lad_nb's own, and {'gate tempered': name, sha256} of classes of one's own
+    "The code that a run is made with"
+    here = {name: class_told(cls) for name, cls in own_classes(said).items() if cls is not None}
+    return versions() | dict(lad_nb=dict(version=lad_nb.__version__) | code_version(),
+                             classes={name: told for name, told in here.items() if told})
+
+# %% ../nbs/40_runs.ipynb #d02cd256
+def changed_classes(
+    said: dict, # a recipe.json
+) -> dict:      # {'gate tempered': what was, what is}
+    "The classes of one's own that do something else here than when a run began"
+    was = _as_dict(said.get('versions')).get('classes')
+    if not isinstance(was, dict): return {}
+    now = {name: class_told(cls) for name, cls in own_classes(said).items() if cls is not None}
+    both = {name: (_code(_as_dict(was.get(name))), _code(told)) for name, told in now.items()}
+    return {name: pair for name, pair in both.items() if all(pair) and pair[0] != pair[1]}
+
+def _code(told):
+    "A class in a word; None, if there is no telling"
+    return (told.get('sha256') and _short(told)) if told else "lad_nb's own"
+
+def _changed_package(said):
+    "lad_nb as it was and as it is, if they differ"
+    was, now = _as_dict(_as_dict(said.get('versions')).get('lad_nb')), code_version()
+    if not was.get('sha256') or was['sha256'] == now['sha256']: return {}
+    return dict(lad_nb=(_release(was), _release(dict(version=lad_nb.__version__) | now)))
+
+def _release(told):
+    "A version of the package in words"
+    commit = f", commit {told['commit']}" if told.get('commit') else ''
+    return f"{told.get('version')} ({_short(told)}{commit})"
+
+# %% ../nbs/40_runs.ipynb #ffab7254
+def _in_words(changed):
+    "What was, and what is"
+    return '; '.join(f'{name} was {was}, here it is {now}' for name, (was, now) in changed.items())
+
+def warn_changed(
+    said: dict,      # a recipe.json
+    who: str | Path, # its folder
+    then: str,       # what that means for what is done with it
+):
+    "Warn where the code that made a run is not the code that is here"
+    if changed := _changed_package(said) | changed_classes(said):
+        warnings.warn(shown(f"{who} was made by other code: {_in_words(changed)}. {then}"))
+
+def check_classes(
+    said: dict,      # the recipe.json of a run that goes on
+    who: str | Path, # its folder
+):
+    "`ValueError` for a run whose gates or sources of one's own would go on as others"
+    if changed := changed_classes(said):
+        raise ValueError(shown(f"{who} cannot go on with other code: {_in_words(changed)}. Run the cell that "
+                               "defines it as it was, or train a new experiment."))
+
 # %% ../nbs/40_runs.ipynb #28c4844f
 _told_by = dict( # what a hash tells better than a name
     teacher=('teacher', 'teacher_exp', 'tmodel', 'tckpt'), encoder=('ptrain_ver',), rows=('data_dir',),
@@ -369,6 +521,7 @@ def check_same(
     path = Path(folder)/'recipe.json'
     said = read_json(path) if path.is_file() else {}
     check_sources(said, description, folder)
+    check_classes(said, folder)
     began, now = (d.get('recipe') or {} for d in (said, description))
     differ = '; '.join(_differing(began, now, _told(said, description), Path(folder).parent))
     if differ:

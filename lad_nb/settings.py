@@ -8,11 +8,11 @@ __all__ = ['setting', 'kind_of', 'layer_pairs', 'check_setting', 'Settings', 'se
 # %% ../nbs/03_settings.ipynb #a4134840
 from dataclasses import asdict, field, fields, replace
 from types import NoneType
-from typing import get_args
-
-import pandas as pd
+from typing import TYPE_CHECKING, get_args
 
 from .values import LAYERS, check_value, plain
+
+if TYPE_CHECKING: import pandas as pd # whoever reads flags alone does without
 
 # %% ../nbs/03_settings.ipynb #4bf2902c
 def setting(
@@ -85,6 +85,7 @@ class Settings:
         return f'{type(self).__name__}({said})'
 
     def _repr_html_(self):
+        import pandas as pd
         with pd.option_context('display.max_colwidth', None): return settings_table(self)._repr_html_()
 
 # %% ../nbs/03_settings.ipynb #5cd106da
@@ -97,8 +98,9 @@ def _as_json(value):
 def settings_table(
     settings: Settings,   # a `Recipe`, say
     every: bool=False,    # all fields; by default those that differ from their default
-) -> pd.DataFrame:        # one row a field: value, default, help
+) -> 'pd.DataFrame':      # one row a field: value, default, help
     "Settings, with what they mean"
+    import pandas as pd
     shown = [f for f in fields(settings) if every or f.name in settings.changed()]
     rows = [(getattr(settings, f.name), f.default, f.metadata['help']) for f in shown]
     names = [f.name for f in shown]

@@ -21,14 +21,15 @@ from torch.utils.tensorboard import SummaryWriter
 from .durable import remove_folder, write_text
 from .tasks import get_task, splits_named
 from .mappings import mapping_from_dict
-from .losses import has_label, hard_loss, soft_loss
+from .losses import has_label
 from .distiller import DistilOutput, check_weights
 from .models import load_tokenizer
 from .encoders import load_classifier
+from .scores import mean_losses, score
 from .runs import checkpoints, find_checkpoint, read_log, run_description
 from .recipes import recipe_from_dict
 from .experiment import join_teacher, open_run
-from .evaluation import predict, score
+from .evaluation import predict
 from .analysis import first_rows, forward_batches, open_with_teacher
 
 # %% ../nbs/51_similarity.ipynb #757257a7
@@ -271,23 +272,6 @@ def teacher_agreement(
         found.append(dict(step=step) | compare(said, answers) | dict(examples=len(data)))
     return pd.DataFrame(found)
 
-# %% ../nbs/51_similarity.ipynb #da60ca70
-def _mean_losses(
-    student: np.ndarray,        # (N, C) logits
-    teacher: np.ndarray | None, # (N, C) logits, or None
-    labels: list,               # (N,)
-    soft_weight: float,
-    hard_weight: float,
-    softmax_temp: float,
-    regression: bool,
-) -> dict:                      # hard, soft, loss
-    "Over all rows at once, so that every row counts alike"
-    logits, labels = torch.from_numpy(student).double(), torch.as_tensor(np.array(labels))
-    hard, soft = hard_loss(logits, labels, regression).item(), float('nan')
-    if teacher is not None:
-        soft = soft_loss(logits, torch.from_numpy(teacher).double(), softmax_temp, regression).item()
-    return dict(hard=hard, soft=soft, loss=hard_weight*hard + (soft_weight*soft if soft_weight else 0.))
-
 # %% ../nbs/51_similarity.ipynb #14993372
 def _loss_settings(folder, run, **given):
     "What was given, else the run's own; without a teacher, then or now, there are labels alone"
@@ -347,7 +331,7 @@ def dev_losses(
     for step, place in checkpoints(folder).items():
         student = load_classifier(place, recipe.task)
         for name, rows in data.items():
-            losses = _mean_losses(asked(student, rows), said.get(name), rows['labels'], **how)
+            losses = mean_losses(asked(student, rows), said.get(name), rows['labels'], **how)
             found.append(dict(step=step, split=name, rows=len(rows)) | losses)
             each(found[-1])
     table = pd.DataFrame(found)
@@ -374,7 +358,7 @@ def loss_parts(
     "The loss and its parts over the training of a run, as they are and as they enter the sum"
     if smooth < 1: raise ValueError(f"smooth is {smooth}; at least 1 log line was expected.")
     weights = _weights_of_parts(run_description(folder))
-    log = pd.DataFrame(read_log(folder))
+    log = pd.DataFrame([line for line in read_log(folder) if 'loss' in line]) # not those of evaluations
     if log.empty: raise ValueError(f"The log of {folder} is empty: its training never reached a log line.")
     parts = log.set_index('step').filter(regex=r'^(loss|hard|soft|hidden_[\d.]+|task)$')
     table = parts.rolling(smooth, min_periods=1).mean().reset_index()

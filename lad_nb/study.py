@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['Study', 'jobs', 'missing', 'tuning_table', 'chosen_tries', 'chosen_lrs', 'at_the_edge', 'collect', 'run_study',
-           'collect_teachers', 'cost', 'collect_snapshots', 'collect_answers']
+           'run_job', 'collect_teachers', 'cost', 'collect_snapshots', 'collect_answers']
 
 # %% ../nbs/62_study.ipynb #b3a4cec8
-import os, time, warnings
+import time, warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from itertools import product
-from multiprocessing import active_children, get_context
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 
-from .durable import FolderInUse, end_with_parent, file_hash, lock_folder, remove_folder
+from .durable import FolderInUse, file_hash, lock_folder, remove_folder
+from .executors import check_executor, run_here, run_in_processes, run_on
 from .tasks import get_task
 from .gates import measure_name
 from .runs import check_same, checkpoints, code_version, experiment_folder, run_description, versions
@@ -386,27 +385,53 @@ def _line(job, folder):
         versions=versions() | dict(processor=processor_name()), code=code_version())
 
 # %% ../nbs/62_study.ipynb #fbc80cb3
-def _train_and_score(job, recipe, folder, root, results):
-    "Run, score, write down"
+def _train_and_score(job, recipe, folder, root):
+    "Run and score"
     started, resumed = time.time(), bool(checkpoints(folder))
     run(recipe, root, resume=True, progress=False)
     trained = time.time()
     line = _line(job, folder) | dict(snapshots=snapshot(folder, job['snapshots']))
     took = dict(train_seconds=trained - started, seconds=time.time() - started)
-    line |= {name: round(seconds, 1) for name, seconds in took.items()} | dict(resumed=resumed)
+    return line | {name: round(seconds, 1) for name, seconds in took.items()} | dict(resumed=resumed)
+
+def _write_down(line, folder, results):
+    "Keep a line; what the run needed to go on can go"
     line = append_result(results, line)
     for checkpoint in checkpoints(folder).values(): remove_folder(checkpoint)
     return line
 
 # %% ../nbs/62_study.ipynb #81fd722c
-def _one(job, root, results, wait=False):
+def _one(job, root, results, wait=False, keep=True):
     "The line of a run that no other process has, or had; `FolderInUse` if one has it"
     recipe = recipe_from_dict(job['recipe'])
     settled = settle_families(recipe, root)
     folder = experiment_folder(settled.experiment, settled.task, settled.model, root)
     with lock_folder(folder, (lambda: None) if wait else None):
         done = lines_by_run(results).get(run_key(job))
-        return done or _train_and_score(job, recipe, folder, root, results)
+        if done: return done
+        line = _train_and_score(job, recipe, folder, root)
+        return _write_down(line, folder, results) if keep else line | dict(folder=folder.name)
+
+# %% ../nbs/62_study.ipynb #8806387a
+def _on_worker(job, **how):
+    "The line of a run and its folder's name; None if another process has the run"
+    try: return _one(job, keep=False, **how)
+    except FolderInUse: return None
+
+def _fetch(get, root, results):
+    "Write down what a worker returns; a line that is written already stays"
+    if (line := get()) is None: raise FolderInUse("Another process has the run.")
+    if (name := line.pop('folder', None)) is None: return line # another study was first
+    try:
+        with lock_folder(Path(root)/name): return _write_down(line, Path(root)/name, results)
+    except FolderInUse: return append_result(results, line) # the other tidies up
+
+# %% ../nbs/62_study.ipynb #91168f1f
+def _run_elsewhere(todo, executor, root, results, wait):
+    "The jobs as they are done on an executor, each with a function that writes down its line"
+    one = partial(_on_worker, root=root, results=results, wait=wait)
+    with closing(run_on(executor, todo, one)) as runs:
+        for job, get in runs: yield job, partial(_fetch, get, root, results)
 
 # %% ../nbs/62_study.ipynb #4dd6ed70
 def _teacher_job(study, task, recipe):
@@ -420,77 +445,52 @@ def _same_teacher(line, job):
     return line.get('stage') == 'teacher' and run_key(line | dict(study=job['study'])) == run_key(job)
 
 # %% ../nbs/62_study.ipynb #ae50a7de
-def _teach_one(recipe, folder, job, root, results, say):
-    "Fine-tune one teacher, in a folder that no other process has, or check the one that is there"
+def _fine_tune(recipe, folder, root, say):
+    "Fine-tune one teacher, in a folder that no other process has, or check the one that is there; its hash"
     if (folder/'model.safetensors').exists():
         check_same(folder, dict(recipe=in_updates(recipe, train_rows(recipe)).to_dict()))
     else:
         say(f'teacher on {recipe.task}: {recipe.total_step} updates')
         run(recipe, root, resume=True, progress=False)
-    found = file_hash(folder/'model.safetensors')[:16]
+    return file_hash(folder/'model.safetensors')[:16]
+
+def _check_teacher(found, folder, job, results):
+    "`ValueError` for another teacher than the one of the results"
     expected = {line['teacher_sha256'] for line in read_results(results) if _same_teacher(line, job)}
     if expected - {found}:
         raise ValueError(
             f"The teacher {folder} (sha256 {found}..) is not the one of the results in {results} "
             f"({', '.join(sorted(expected))}..): students of two teachers would be compared. "
             "Put that one there, or collect into another folder of results.")
-    if run_key(job) not in lines_by_run(results):
-        append_result(results, _line(job, folder) | dict(teacher_sha256=found, snapshots={}))
+
+# %% ../nbs/62_study.ipynb #85d7d9d1
+def _teach_one(job, root, results, say=lambda text: None):
+    "A teacher's folder, its hash, and its line, unless there is one in the results"
+    asked = recipe_from_dict(job['recipe'])
+    recipe = settle_families(asked, root)
+    folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
+    def wait(): say(f'teacher on {recipe.task}: another process has {folder}; waiting for it')
+    with lock_folder(folder, wait):
+        found = _fine_tune(recipe, folder, root, say)
+        _check_teacher(found, folder, job, results)
+        if run_key(job) in lines_by_run(results): return folder.name, found, None
+        return folder.name, found, _line(job, folder) | dict(teacher_sha256=found, snapshots={})
 
 # %% ../nbs/62_study.ipynb #33e25a55
-def _teach(study, tasks, root, results, say):
-    "Fine-tune the teachers of some tasks, unless they are there"
-    for task, asked in [(name, teacher) for name in tasks for teacher in _teachers(study, name)]:
-        recipe = settle_families(asked, root)
-        folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
-        def wait(): say(f'teacher on {task}: another process has {folder}; waiting for it')
-        with lock_folder(folder, wait):
-            _teach_one(recipe, folder, _teacher_job(study, task, asked), root, results, say)
+def _teach(todo, root, results, say, executor=None):
+    "Fine-tune some teachers, unless they are there"
+    one = partial(_teach_one, root=root, results=results)
+    runs = run_here(todo, partial(one, say=say)) if executor is None else run_on(executor, todo, one)
+    with closing(runs):
+        for job, get in runs:
+            name, found, line = get()
+            if executor is not None: _check_teacher(found, Path(root)/name, job, results)
+            if line: append_result(results, line)
 
-# %% ../nbs/62_study.ipynb #34cb6baf
-@contextmanager
-def _torch_threads(threads):
-    "So many threads in this process, for a while"
-    before = torch.get_num_threads()
-    if threads: torch.set_num_threads(threads)
-    try: yield
-    finally: torch.set_num_threads(before)
-
-# %% ../nbs/62_study.ipynb #84650e0b
-@contextmanager
-def _omp_threads(threads):
-    "So many threads in processes that are started meanwhile"
-    before, os.environ['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS'), str(threads)
-    try: yield
-    finally:
-        if before is None: del os.environ['OMP_NUM_THREADS']
-        else: os.environ['OMP_NUM_THREADS'] = before
-
-# %% ../nbs/62_study.ipynb #a85e84eb
-def _run_here(todo, one, threads):
-    "The jobs, one after the other, in this process"
-    with _torch_threads(threads):
-        for job in todo: yield job, partial(one, job)
-
-# %% ../nbs/62_study.ipynb #85a6409a
-def _with_threads(threads, one, job):
-    "One job, in a process of its own"
-    torch.set_num_threads(threads)
-    return one(job)
-
-# %% ../nbs/62_study.ipynb #e3a0c14f
-def _run_in_processes(todo, one, processes, threads):
-    "The jobs as they are done, several at a time; an interrupt ends all of them"
-    threads = threads or max(1, os.cpu_count()//processes)
-    others = set(active_children())
-    with (_omp_threads(threads),
-          ProcessPoolExecutor(processes, get_context('spawn'), end_with_parent) as pool):
-        waiting = {pool.submit(_with_threads, threads, one, job): job for job in todo}
-        try:
-            for future in as_completed(waiting): yield waiting[future], future.result
-        except BaseException:
-            for process in set(active_children()) - others: process.terminate()
-            raise
+# %% ../nbs/62_study.ipynb #93f9a6b9
+def _teacher_jobs(study, tasks):
+    "The teachers of some tasks"
+    return [_teacher_job(study, task, teacher) for task in tasks for teacher in _teachers(study, task)]
 
 # %% ../nbs/62_study.ipynb #6daac7fb
 def _described(job, line):
@@ -506,8 +506,11 @@ class _Countdown:
     "What is left of some jobs, and when it ends"
     def __init__(self, todo, processes):
         self.left, self.all, self.processes, self.times = [j['task'] for j in todo], len(todo), processes, {}
+        self.began = time.time()
 
     def seconds_left(self):
+        if not self.processes: # on an executor: nobody knows how many there are
+            return (time.time() - self.began)/(self.all - len(self.left))*len(self.left)
         known = sum(self.times.values(), [])
         return sum(np.mean(self.times.get(task, known)) for task in self.left)/self.processes
 
@@ -522,11 +525,9 @@ class _Countdown:
         return f"{text}, about {timedelta(seconds=round(seconds))}, ends {end:%H:%M}"
 
 # %% ../nbs/62_study.ipynb #5e474a8e
-def _run_all(todo, one, processes, threads, say):
+def _run_all(todo, runs, processes, say):
     "Do the jobs; returns failures as lines of text, and the jobs that another process has"
     failed, held, countdown = [], [], _Countdown(todo, processes)
-    runs = (_run_here(todo, one, threads) if processes == 1
-            else _run_in_processes(todo, one, processes, threads))
     with closing(runs):
         for job, get in runs:
             try: line = get()
@@ -538,13 +539,27 @@ def _run_all(todo, one, processes, threads, say):
     return failed, held
 
 # %% ../nbs/62_study.ipynb #a81d69cd
-def _run_stage(name, todo, one, processes, threads, say):
-    "Do the jobs of a stage, then wait for those that another process has; returns the failures"
-    failed, held = _run_all(todo, one, processes, threads, say)
+def _run_stage(name, todo, runs, processes, say):
+    "Do the jobs of a stage, then wait for those that another process has; an error names those that failed"
+    failed, held = _run_all(todo, runs(todo), processes, say)
     if held:
         say(f"{name}: another process has {len(held)} of the runs; waiting for them")
-        failed += _run_all(held, partial(one, wait=True), processes, threads, say)[0]
-    return failed
+        failed += _run_all(held, runs(held, wait=True), processes, say)[0]
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs failed, the others are done; start the study again "
+                           "when the cause is mended:\n" + '\n'.join(failed))
+
+# %% ../nbs/62_study.ipynb #94efa526
+def _ways(root, results, processes, threads, executor):
+    "How jobs are run, as a function of the jobs; for people; and how many at a time, if that is known"
+    def runs(todo, wait=False):
+        if executor is not None: return _run_elsewhere(todo, executor, root, results, wait)
+        one = partial(_one, root=root, results=results, wait=wait)
+        if processes == 1: return run_here(todo, one, threads)
+        return run_in_processes(todo, one, processes, threads)
+    if executor is None: return runs, f'{processes} at a time', processes
+    check_executor(executor)
+    return runs, f'on {type(executor).__name__}', None
 
 # %% ../nbs/62_study.ipynb #e83519df
 def _stages(study): return (['tune'] if _tunes(study) else []) + ['run']
@@ -558,17 +573,40 @@ def run_study(
     processes: int=1,               # runs at a time; 1: in this process, with classes that it defines
     threads: int | None=None,       # of each process; the cores shared out by default
     say=print,                      # gets a line per finished run
+    executor=None,                  # instead of processes: a `concurrent.futures.Executor`
 ) -> pd.DataFrame:                  # as `collect`
     "Fine-tune the teachers, choose learning rates, run the grid; what has a result is left as it is"
-    one = partial(_one, root=root, results=results)
+    if executor is not None: root, results = Path(root).absolute(), Path(results).absolute()
+    runs, how, at_a_time = _ways(root, results, processes, threads, executor)
     for part in [stage] if stage else _stages(study):
         name, todo = f'{study.name}, {part}', missing(study, results, part)
-        _teach(study, [t for t in study.tasks if any(j['task'] == t for j in todo)], root, results, say)
-        say(f"{name}: {len(todo)} of {len(jobs(study, results, part))} runs to do, {processes} at a time")
-        if failed := _run_stage(name, todo, one, processes, threads, say):
-            raise RuntimeError(f"{len(failed)} runs failed, the others are done; start the study again "
-                               "when the cause is mended:\n" + '\n'.join(failed))
+        tasks = [task for task in study.tasks if any(job['task'] == task for job in todo)]
+        _teach(_teacher_jobs(study, tasks), root, results, say, executor)
+        say(f"{name}: {len(todo)} of {len(jobs(study, results, part))} runs to do, {how}")
+        _run_stage(name, todo, runs, at_a_time, say)
     return collect(study, results)
+
+# %% ../nbs/62_study.ipynb #9eda0e1d
+def run_job(
+    study: Study,
+    number: int,                    # of the run among `jobs(study, results, stage)`, counted from 1
+    root: str | Path='experiments', # of run folders
+    results: str | Path='results',  # folder of the results
+    stage: str='run',               # 'tune' or 'run'
+    say=print,                      # gets a line when the run is done
+) -> dict:                          # the run's line
+    "One run of a study, and before it the teacher that it learns from; waits for whoever has it already"
+    planned = jobs(study, results, stage)
+    if not 1 <= number <= len(planned):
+        raise ValueError(f"There is no job {number}: {study.name} has {len(planned)} in its stage {stage!r}, "
+                         "counted from 1.")
+    job = planned[number - 1]
+    teachers = [t for t in _teacher_jobs(study, [job['task']])
+                if t['recipe']['experiment'] == job['recipe'].get('teacher_exp')]
+    _teach(teachers, root, results, say)
+    line = _one(job, root, results, wait=True)
+    say(f'[{number}] {_described(job, line)}')
+    return line
 
 # %% ../nbs/62_study.ipynb #1c192595
 def collect_teachers(

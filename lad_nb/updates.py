@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LengthGroups', 'EveryRow', 'row_sampler', 'batch_sampler', 'updates_per_epoch', 'EpochOrder', 'numbered',
-           'share_tokens', 'WholeUpdates', 'LossParts', 'LossInParts', 'JsonLines', 'naming_folder', 'TensorBoardLog',
-           'LossBar', 'clipped_blocks', 'all_sound', 'ClipBlocks', 'half_groups', 'optimizer_groups', 'linear_schedule',
-           'two_schedules', 'TwoHalves']
+           'share_tokens', 'WholeUpdates', 'LossParts', 'LossInParts', 'evaluation_line', 'JsonLines', 'naming_folder',
+           'TensorBoardLog', 'LossBar', 'clipped_blocks', 'all_sound', 'ClipBlocks', 'half_groups', 'optimizer_groups',
+           'linear_schedule', 'two_schedules', 'TwoHalves']
 
 # %% ../nbs/43_updates.ipynb #84ec49d5
 import contextlib, json, math, shutil
@@ -235,9 +235,19 @@ class LossInParts:
     def _get_grad_norm(self, model, grad_norm=None):
         "Not here: clipping knows the norms, and a second pass over all gradients costs time"
 
+# %% ../nbs/43_updates.ipynb #4e2a3605
+def evaluation_line(
+    logs: dict, # that Trainer logs: of an evaluation, or others
+) -> dict:      # eval_* and epoch; {} for what is no evaluation
+    "What log.jsonl says of an evaluation: all but how long it took"
+    times = ('_runtime', '_per_second', '_preparation_time')
+    line = {k: v for k, v in logs.items() if k.startswith('eval_') and not k.endswith(times)}
+    line = {k: None if v != v else v for k, v in line.items()} # JSON has no NaN
+    return line | {k: logs[k] for k in ('epoch',) if line and k in logs}
+
 # %% ../nbs/43_updates.ipynb #856f8cd7
 class JsonLines(TrainerCallback):
-    "Appends every log line to log.jsonl"
+    "Appends every log line to log.jsonl: those of training, and those of evaluations"
     def on_train_begin(self, args, state, control, **kwargs):
         path = Path(args.output_dir)/'log.jsonl'
         if not state.is_world_process_zero or not path.exists(): return
@@ -245,8 +255,9 @@ class JsonLines(TrainerCallback):
         write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and 'loss' in logs:
-            append_line(Path(args.output_dir)/'log.jsonl', dict(step=state.global_step) | logs)
+        line = logs if 'loss' in logs else evaluation_line(logs)
+        if state.is_world_process_zero and line:
+            append_line(Path(args.output_dir)/'log.jsonl', dict(step=state.global_step) | line)
 
 # %% ../nbs/43_updates.ipynb #a66309d5
 @contextlib.contextmanager

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['COUNT', 'STEP', 'SEED', 'RATE', 'FROZEN', 'BETA', 'SHARE', 'EPS', 'DECAY', 'NORM', 'WEIGHT', 'TEMPERATURE', 'LENGTH',
-           'LAYERS', 'SIZE', 'DEVICE', 'Range', 'shown', 'plain', 'check_value']
+           'LAYERS', 'SIZE', 'DEVICE', 'NAMES', 'Range', 'shown', 'Names', 'plain', 'check_value']
 
 # %% ../nbs/02_values.ipynb #b3761051
-import os
+import os, sys
 from dataclasses import dataclass
-
-import numpy as np
 
 # %% ../nbs/02_values.ipynb #59b51b41
 @dataclass(frozen=True)
@@ -55,20 +53,34 @@ def shown(
     "Text in which everything that does not print is spelled out"
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
+# %% ../nbs/02_values.ipynb #24a45083
+class Names:
+    "A list of names; one name alone is a list of one"
+    def __contains__(self, name) -> bool: return isinstance(name, str) and bool(name.strip())
+    def __str__(self): return 'a list of names'
+
+NAMES = Names()
+
+# %% ../nbs/02_values.ipynb #754f3422
+def _of_numpy(value):
+    "Whether a value is a number or an array of numpy's"
+    np = sys.modules.get('numpy')
+    return np is not None and isinstance(value, (np.generic, np.ndarray))
+
 # %% ../nbs/02_values.ipynb #ee095628
 def plain(
     value, # anything
 ):         # the same in Python's own types
     "A value without numpy and paths; sequences become tuples"
-    if isinstance(value, (np.generic, np.ndarray)): return value.tolist()
+    if _of_numpy(value): return value.tolist()
     if isinstance(value, os.PathLike): return os.fspath(value)
     if isinstance(value, (list, tuple, range)): return tuple(plain(v) for v in value)
     return value
 
 # %% ../nbs/02_values.ipynb #ee13d5ee
-def _is_a(value, kind):
+def _is_a(value, kind, inner=int):
     if kind is bool or isinstance(value, bool): return kind is bool and isinstance(value, bool)
-    if kind is tuple: return isinstance(value, tuple) and all(_is_a(v, int) for v in value)
+    if kind is tuple: return isinstance(value, tuple) and all(_is_a(v, inner) for v in value)
     return isinstance(value, (int, float) if kind is float else kind)
 
 # %% ../nbs/02_values.ipynb #f8fb25f8
@@ -86,6 +98,7 @@ def _wanted(kind, allowed, optional, also):
     "What is allowed, in words"
     what = [f'{_kinds[kind]} {allowed}' if isinstance(allowed, Range) else _kinds[kind]]
     if isinstance(allowed, tuple): what = [*map(repr, allowed)]
+    if allowed is NAMES: what = [str(NAMES)]
     what += [also]*bool(also) + ['None']*optional
     return ' or '.join(', '.join(what).rsplit(', ', 1))
 
@@ -93,15 +106,16 @@ def _wanted(kind, allowed, optional, also):
 def check_value(
     name: str,                 # of the setting
     value,                     # that was given
-    kind: type,                # str, int, float, bool, or tuple of whole numbers
-    allowed: Range | tuple | None=None, # a range of numbers, or the texts that are allowed
+    kind: type,                # str, int, float, bool, or tuple: of whole numbers, with NAMES of names
+    allowed: Range | tuple | Names | None=None, # a range of numbers, the texts that are allowed, or NAMES
     optional: bool=False,      # may it be None
     also: str='',              # what else it may be, in words
 ):                             # the value, as Python's own type
     "`ValueError` that names a setting, what it is and what is allowed"
     if value is None and optional: return None
     value = tuple(v) if isinstance(v := plain(value), list) else v
-    right = _is_a(value, kind)
+    if allowed is NAMES and isinstance(value, str): value = (value,)
+    right = _is_a(value, kind, str) and value != () if allowed is NAMES else _is_a(value, kind)
     if right and allowed: right = all(v in allowed for v in (value if kind is tuple else [value]))
     if right: return value
     raise ValueError(f"{name} is {_brief(value)}; {_wanted(kind, allowed, optional, also)} was expected.")

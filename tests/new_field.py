@@ -1,4 +1,4 @@
-"""What the library makes of one more field of `Recipe`, `patience`, that its copy was given; prints JSON."""
+"""What the library makes of one more field of `Recipe`, `pause`, that its copy was given; prints JSON."""
 import contextlib
 import io
 import json
@@ -17,10 +17,10 @@ def said(line):
     return code, out.getvalue(), err.getvalue()
 
 
-with_flag = {name: parser for name, parser in make_parser().commands.items() if '--patience' in parser.flags}
+with_flag = {name: parser for name, parser in make_parser().commands.items() if '--pause' in parser.flags}
 print(json.dumps(dict(
     help={name: ' '.join(parser.format_help().split()) for name, parser in with_flag.items()},
-    planned=said(f'{TEACHER} --patience 5'),
-    refused=said(f'{TEACHER} --patience 0'),
-    row=list(settings_table(Recipe(patience=5)).loc['patience']),
-    columns=list(recipe_table(dict(one=Recipe(), other=Recipe(patience=5)))))))
+    planned=said(f'{TEACHER} --pause 5'),
+    refused=said(f'{TEACHER} --pause 0'),
+    row=list(settings_table(Recipe(pause=5)).loc['pause']),
+    columns=list(recipe_table(dict(one=Recipe(), other=Recipe(pause=5)))))))

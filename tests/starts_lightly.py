@@ -1,6 +1,9 @@
-"""Imports what the console command starts with, and prints which of the slow libraries came along."""
+"""Starts the console command with the words it is given, or only imports it, and prints which of the slow
+libraries came along."""
 import sys
 
-import lad_nb.__main__  # noqa: F401
+from lad_nb.__main__ import main
 
-print(sorted({'torch', 'transformers', 'pandas'} & set(sys.modules)))
+code = main(sys.argv[1:]) if sys.argv[1:] else 0
+print(sorted({'torch', 'transformers', 'pandas', 'datasets', 'numpy', 'dask'} & set(sys.modules)))
+sys.exit(code)

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -16,7 +17,10 @@ from conftest import FEW
 
 from lad_nb.experiment import run
 from lad_nb.models import SMALL
+from lad_nb.pages import replay_html
+from lad_nb.pictures import example_record
 from lad_nb.run_books import run_books
+from lad_nb.stepper import Stepper
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[1]
@@ -42,10 +46,11 @@ def free_port():
 
 
 def start_lab(folder, port, log):
-    """A JupyterLab on loopback whose settings, kernels and notebooks are in the folder."""
+    """A JupyterLab on loopback: settings, kernels and notebooks, in their small form, are in the folder."""
     write_settings(folder/'.settings')
     home = {f'JUPYTER_{n}_DIR': str(folder/f'.{n.lower()}') for n in ('CONFIG', 'RUNTIME')}
-    home |= dict(IPYTHONDIR=str(folder/'.ipython'), JUPYTERLAB_SETTINGS_DIR=str(folder/'.settings'),
+    home |= dict(IN_TEST='1', IPYTHONDIR=str(folder/'.ipython'),
+                 JUPYTERLAB_SETTINGS_DIR=str(folder/'.settings'),
                  JUPYTERLAB_WORKSPACES_DIR=str(folder/'.workspaces'),
                  PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
     command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}',
@@ -132,7 +137,8 @@ def opened(chromium, lab, name, said):
     page = chromium.new_page(viewport=dict(width=1280, height=900))
     page.on('console', lambda m: said.append(m.text) if m.type == 'error' else None)
     page.on('pageerror', lambda e: said.append(f'pageerror: {e}'))
-    page.goto(f'{lab[1]}/lab/tree/{name}?token={TOKEN}&reset')  # and no other notebook beside it
+    alone = f'{lab[1]}/lab/tree/{name}?token={TOKEN}&reset'  # no other notebook beside it
+    page.goto(alone, timeout=90_000)
     page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=90_000)
     page.get_by_text('| Idle').wait_for(timeout=90_000)  # the kernel is there
     page.get_by_role('menuitem', name='Run', exact=True).first.click()
@@ -167,6 +173,33 @@ STICKS_OUT = """() => {
 }"""
 
 
+def saved_panel(page, notebook, step, seconds=60):
+    """What the notebook's file stores of the panel, once that is of this step, with its picture."""
+    end, data = time.time() + seconds, {}
+    while f'class="lad-step">{step}<' not in data.get('text/html', '') or 'image/png' not in data:
+        assert time.time() < end, f'after {seconds} s: {[*data]}, {data.get("text/plain", "")[:60]}'
+        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        page.wait_for_timeout(1000)
+        outputs = [o for c in nbformat.read(notebook, as_version=4).cells for o in c.get('outputs', [])]
+        found = [o.data for o in outputs if 'lad-saved-' in o.get('data', {}).get('text/html', '')]
+        data = found[0] if found else {}
+    return data
+
+
+def shown_without_a_kernel(chromium, notebook):
+    """The step that the notebook shows as a page made by nbconvert."""
+    command = [sys.executable, '-m', 'nbconvert', '--to', 'html', str(notebook)]
+    subprocess.run(command, check=True, timeout=300)
+    context = chromium.new_context(offline=True)
+    page = context.new_page()
+    page.goto(notebook.with_suffix('.html').as_uri())
+    saved = page.locator('div[class^="lad-saved-"]')
+    assert saved.is_visible() and saved.locator('svg').count() >= 2 and saved.locator('table').count() >= 4
+    step, state = saved.locator('.lad-step').inner_text(), saved.locator('.lad-state').inner_text()
+    context.close()
+    return int(step), state
+
+
 def test_the_tutorial_in_a_real_jupyterlab(lab, chromium, tmp_path):
     said = []
     page = opened(chromium, lab, 'tutorial.ipynb', said)
@@ -184,8 +217,11 @@ def test_the_tutorial_in_a_real_jupyterlab(lab, chromium, tmp_path):
     picture_of(page, tmp_path, 'light_1280')
     picture_of(bench.panel, tmp_path, 'light_1280_whole')
 
+    assert not page.locator('div[class^="lad-saved-"]').first.is_visible(), 'shown twice'
+    before = saved_panel(page, lab[0]/'tutorial.ipynb', bench.step())
+
     bench.press('Run')
-    bench.until(lambda: bench.state() == 'running' and bench.step() >= begun + 5)
+    bench.until(lambda: bench.state() == 'working' and bench.step() >= begun + 5)
     page.locator('.jp-Notebook .jp-CodeCell').last.click()  # the kernel answers while the run goes on
     before = bench.step()
     answer = page.evaluate(KERNEL_STATE)
@@ -196,6 +232,10 @@ def test_the_tutorial_in_a_real_jupyterlab(lab, chromium, tmp_path):
     paused = bench.step()
     page.wait_for_timeout(1500)
     assert bench.step() == paused > begun + 5 and bench.picture() not in seen
+    saved = saved_panel(page, lab[0]/'tutorial.ipynb', paused)
+    assert '>held<' in saved['text/html'] and f'>{bench.loss():.4g}<' in saved['text/html']
+    assert saved['image/png'] != before['image/png']
+    assert shown_without_a_kernel(chromium, lab[0]/'tutorial.ipynb') == (paused, 'held')
 
     theme(page, 'Dark')
     assert page.evaluate(BRIGHTNESS, '.lad-nb.jupyter-widgets .lad-step') > 150, 'dark letters on a dark page'
@@ -212,11 +252,67 @@ def test_the_tutorial_in_a_real_jupyterlab(lab, chromium, tmp_path):
     bench.press('Stop')
     bench.until(lambda: bench.state() == 'stopped')
     assert bench.button('Run').is_disabled() and bench.step() == paused
+    bench.press('Resume')
+    bench.until(lambda: bench.state() == 'held')
+    assert bench.step() == paused and bench.panel.locator('.lad-folder').inner_text().endswith('lad_bert_toy')
+    bench.press('Step')
+    bench.until(lambda: bench.step() == paused + 1 and bench.state() == 'held')
+    bench.press('Score')
+    bench.until(lambda: bench.panel.locator('.lad-score').count() == 1)
     theme(page, 'Light')
     bench.panel.scroll_into_view_if_needed()
     picture_of(page, tmp_path, 'light_800')
     assert not ours(said)
     page.close()
+
+
+def offline(chromium, file, said):
+    """A file, opened from disk in a browser that has no network."""
+    context = chromium.new_context(offline=True, viewport=dict(width=1100, height=800))
+    page = context.new_page()
+    page.on('console', lambda m: said.append(m.text))
+    page.on('pageerror', lambda e: said.append(str(e)))
+    page.on('request', lambda r: said.append(r.url) if r.url != file.as_uri() else None)
+    page.goto(file.as_uri())
+    return page
+
+
+def test_a_session_replayed_from_a_file(experiments, lad, chromium, tmp_path):
+    """It begins at the end, moves with the slider and with Play, and asks for nothing."""
+    said = []
+    with Stepper(lad.replace(experiment='session', total_step=6, log_step=1), experiments) as stepper:
+        losses = [stepper.step().parts['loss'] for _ in range(3)]
+        page = offline(chromium, stepper.save_html(tmp_path/'session.html'), said)
+    told = lambda: (int(page.locator('.lad-step').inner_text()), page.locator('.lad-loss').inner_text())
+    place, slider = (lambda: page.locator('.lad-at').get_attribute('x1')), page.locator('#lad-slider')
+    assert told() == (3, f'{losses[2]:.4g}')
+    at_the_end, heat = place(), page.locator('#lad-page-heat').inner_html()
+    slider.fill('0')
+    assert told() == (1, f'{losses[0]:.4g}') and place() != at_the_end
+    assert page.locator('#lad-page-heat').inner_html() != heat
+    page.locator('#lad-next').click()
+    assert told() == (2, f'{losses[1]:.4g}')
+    page.locator('#lad-play').click()
+    page.wait_for_function("() => document.querySelector('.lad-step').textContent === '3'")
+    assert page.locator('td.text').first.inner_text().count('|') == 1
+    picture_of(page, tmp_path, 'replay')
+    assert said == []
+    page.context.close()
+
+
+def test_a_sentence_does_not_break_out_of_a_session(chromium, tmp_path):
+    bad, said = '</script><script>alert(1)</script><img src=x onerror="alert(2)">', []
+    record = example_record()
+    records = [SimpleNamespace(**vars(record) | dict(step=i, examples=record.examples.assign(text=bad)))
+               for i in (1, 2)]
+    history = [(i, *record.parts.values()) for i in (1, 2)]
+    (tmp_path/'bad.html').write_text(replay_html(records, history, ['step', *record.parts], bad))
+    page = offline(chromium, tmp_path/'bad.html', said)
+    page.locator('#lad-slider').fill('0')
+    assert page.locator('.lad-step').inner_text() == '1' and page.title() == bad
+    assert page.locator('td.text').first.inner_text() == bad and page.locator('img').count() == 0
+    assert said == []
+    page.context.close()
 
 
 def write_notebook(file, cells):

@@ -238,7 +238,57 @@ def test_installed_command():
     assert done.returncode == 2 and 'Traceback' not in done.stderr
 
 
-ONE_LINE = "    patience: int = setting(3, 'scores without a gain before training stops', COUNT)\n"
+def cpu_seconds():
+    """Of the processes that this one has waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+ANSWERED = [  # what is typed, its exit code, what is said
+    ('--help', 0, 'score every checkpoint of an experiment'),
+    ('--version', 0, 'transformers '),
+    ('run_lad_distil --softmax_tmp 5', 2, 'Did you mean --softmax_temp?'),
+    ('run_lad_distil --help', 0, 'temperature of the soft loss'),
+    ('study --help', 0, '--job'),
+    ('benchmark --help', 0, '--shape'),
+]
+
+
+@pytest.mark.parametrize('line, code, says', ANSWERED, ids=[line for line, *_ in ANSWERED])
+def test_a_question_is_answered_at_once(line, code, says):
+    """Without the libraries that training needs: their imports alone take more than three seconds."""
+    before = cpu_seconds()
+    done = program('starts_lightly.py', *line.split(), cwd=ROOT)
+    took = cpu_seconds() - before
+    assert done.returncode == code and says in ' '.join((done.stdout + done.stderr).split())
+    assert done.stdout.endswith('[]\n'), 'slow libraries were imported'
+    assert took < 1.5, f'{took:.1f} s'
+
+
+def test_the_versions_are_those_of_the_libraries():
+    import torch
+    import transformers
+    out = program('starts_lightly.py', '--version', cwd=ROOT).stdout
+    said = dict(line.split() for line in out.splitlines()[:-1])
+    assert (said['torch'], said['transformers']) == (torch.__version__, transformers.__version__)
+    assert said['lad_nb'] and said['python'] == sys.version.split()[0]
+
+
+@pytest.mark.parametrize('typed, completed', [
+    ('lad-nb run_l', ['run_lad_distil', 'run_lad_no_distil']),
+    ('lad-nb run_lad_distil --gate_e', ['--gate_eps']),
+    ('lad-nb run_fine_tune --gate_e', [])])
+def test_the_tab_key(tmp_path, typed, completed):
+    pytest.importorskip('argcomplete')
+    shell = dict(_ARGCOMPLETE='1', _ARGCOMPLETE_IFS='\n', COMP_LINE=typed, COMP_POINT=str(len(typed)),
+                 _ARGCOMPLETE_STDOUT_FILENAME=str(tmp_path/'completed'))
+    done = subprocess.run([sys.executable, '-m', 'lad_nb'], env=os.environ | shell, capture_output=True,
+                          text=True)
+    found = (tmp_path/'completed').read_text().split('\n') if (tmp_path/'completed').exists() else []
+    assert sorted(f.strip() for f in found if f) == completed, done.stderr
+
+
+ONE_LINE = "    pause: int = setting(3, 'seconds that a training rests between two updates', COUNT)\n"
 TRAINING = ['run_fine_tune', 'run_lad_distil', 'run_probing_lad', 'run_lad_no_distil', 'run_alp_distil',
             'run_pkd_distill', 'run_probing', 'distil']
 
@@ -259,17 +309,17 @@ def new_field(tmp_path_factory):
 
 def test_a_new_field_is_a_checked_flag_with_help_and_in_the_tables(new_field):
     assert list(new_field['help']) == TRAINING
-    what = 'scores without a gain before training stops'
+    what = 'seconds that a training rests between two updates'
     assert all(f'{what} (default 3)' in said for said in new_field['help'].values())
     code, out, err = new_field['refused']
-    assert code == 2 and 'patience is 0; a whole number from 1' in err and out == ''
+    assert code == 2 and 'pause is 0; a whole number from 1' in err and out == ''
     assert new_field['row'] == [5, 3, what]
-    assert new_field['columns'] == ['patience']
+    assert new_field['columns'] == ['pause']
 
 
 def test_a_new_field_is_in_the_plan(new_field):
     code, out, err = new_field['planned']
-    assert code == 0 and '"patience": 5' in out, err
+    assert code == 0 and '"pause": 5' in out, err
 
 
 def test_recipes_travel():

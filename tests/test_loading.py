@@ -432,7 +432,7 @@ def test_killed_between_the_final_files(done, quick, finished, first):
         with patch('os.replace', die), pytest.raises(Killed): run(quick, root, resume=True, progress=False)
         if (done/'model.safetensors').exists(): open_run(done)
         else:
-            with pytest.raises(FileNotFoundError, match='no model.safetensors'): open_run(done)
+            with pytest.warns(match='did not finish; its last checkpoint'): open_run(done)
         run(quick, root, resume=True, progress=False)
         assert (done/'model.safetensors').read_bytes() == whole
         assert (done/CHECKSUMS).exists() and not (done/'.final').exists()

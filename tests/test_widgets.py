@@ -74,9 +74,31 @@ def test_stopped_and_resumed(experiments, recipe, whole, stop):
     assert not (stepper.folder/'model.safetensors').exists()
     with pytest.raises(RuntimeError, match=f'stopped after {stop} of 7 updates'): stepper.step()
     again = Stepper(recipe.replace(experiment=f'stop{stop}'), experiments, resume=True)
-    assert again.done == stop
+    assert again.done == stop and list(again.history.step) == [2, 4][:stop//2]  # as logged
+    assert again.draw().png() and Panel(again).full.step == stop
     again.run_until()
     assert same_bytes(whole, again.folder)
+
+
+def test_stopped_and_gone_on_in_the_same_panel(experiments, recipe, whole):
+    """Losses, records and the panel's ear stay; asking for a score and for the gates leaves the bytes."""
+    stepper = Stepper(recipe, experiments)
+    board, heard = Panel(stepper), []
+    stepper.listen(heard.append)
+    stepper.step(3)
+    board.buttons['stop'].click()
+    stepper.thread.join()
+    assert '>stopped<' in board.places['status'].value and not board.buttons['resume'].disabled
+    board.buttons['resume'].click()
+    assert stepper.state == 'held' and stepper.done == 3 and list(stepper.history.step) == [1, 2, 3]
+    scores = stepper.score()
+    assert stepper.read_gates().step == 3 and 0 <= scores['accuracy'] <= 1
+    stepper.step()
+    assert heard.count('step') == 4 and stepper.session.records[-1].step == 4
+    stepper.run_until()
+    stepper.thread.join(20)
+    assert same_bytes(whole, stepper.folder) and list(stepper.history.step) == [*range(1, 8)]
+    with pytest.raises(RuntimeError, match='done after 7 of 7'): stepper.resume()
 
 
 def test_stopped_without_a_checkpoint(experiments, recipe):
@@ -84,6 +106,19 @@ def test_stopped_without_a_checkpoint(experiments, recipe):
     stepper.step(2)
     stepper.stop(save=False)
     assert stepper.state == 'stopped' and checkpoints(stepper.folder) == {}
+
+
+def test_scores_on_dev_are_drawn_from_the_log(experiments, recipe):
+    stepper = Stepper(recipe, experiments)
+    board = Panel(stepper)
+    stepper.step(2)
+    assert 'On dev' not in board.places['dev'].value
+    with (stepper.folder/'log.jsonl').open('a') as log:
+        for step in (1, 2):
+            log.write(json.dumps(dict(step=step, eval_loss=.7, eval_accuracy=.5 + step/10)) + '\n')
+    board.draw()
+    assert 'accuracy 0.700' in board.places['dev'].value and len(stepper.history) == 2
+    stepper.stop(save=False)
 
 
 @pytest.mark.slow
