@@ -239,18 +239,19 @@ def _other_weights(shapes, path, who):
 # %% ../nbs/31_encoders.ipynb #c0f30e6d
 _likely = ('vocab_size', 'hidden_size', 'max_position_embeddings', 'type_vocab_size', 'intermediate_size')
 
-def _setting_of(config, size):
-    "The setting that most likely says a size; None if there is none"
+def _settings_by_size(config):
+    "{size: the setting that most likely says it}"
     others = [k for k, v in config.to_dict().items() if type(v) is int]
-    return next((k for k in (*_likely, *others) if getattr(config, k, None) == size), None)
+    said = {k: getattr(config, k, None) for k in reversed(dict.fromkeys([*_likely, *others]))}
+    return {size: k for k, size in said.items() if type(size) is int}
 
 def _wrong_settings(config, shapes):
     "{setting: what the weights have instead}: sizes that no weight has as the settings say"
-    right, wrong = set(), {}
+    right, wrong, settings = set(), {}, _settings_by_size(config)
     for name, tensor in meta_classifier(config).base_model.state_dict().items():
         theirs = next((s for k, s in shapes.items() if f'.{k}'.endswith(f'.{name}')), ())
         for expected, size in zip(tensor.shape, theirs):
-            setting = _setting_of(config, expected)
+            setting = settings.get(expected)
             if expected == size: right.add(setting)
             else: wrong.setdefault(setting, size)
     return {setting: size for setting, size in wrong.items() if setting and setting not in right}

@@ -37,14 +37,19 @@ from .similarity import layer_cka, linear_probes, loss_parts, teacher_agreement
 anywhere = ('device_id', 'tdevice_id', 'gate_device_id', 'teacher_cache', 'data_dir')
 
 # %% ../nbs/61_results.ipynb #91543685
+@cache # a study's keys are asked for again and again
+def _what_ran(said):
+    "A recipe that came as JSON: a field that came later has its default, where it ran is left out"
+    recipe = recipe_from_dict(json.loads(said)).to_dict()
+    return {k: v for k, v in recipe.items() if k not in anywhere}
+
 def run_key(
     line: dict,  # of a run: study, stage, task, method, seed, recipe
 ) -> str | None: # None for a line that is not of a run
     "What tells one run from another, wherever it ran"
     if 'recipe' not in line: return None
-    recipe = recipe_from_dict(line['recipe']).to_dict() # a field that came later has its default
     named = [line[k] for k in ('study', 'stage', 'task', 'method', 'seed')]
-    return json.dumps([*named, {k: v for k, v in recipe.items() if k not in anywhere}], sort_keys=True)
+    return json.dumps([*named, _what_ran(json.dumps(line['recipe']))], sort_keys=True)
 
 # %% ../nbs/61_results.ipynb #941f02be
 def safe_name(

@@ -8,7 +8,7 @@ __all__ = ['section5_teacher', 'section5_methods', 'section5', 'closer', 'user_d
            'draw_layer_maps']
 
 # %% ../nbs/63_section5.ipynb #dda68fa6
-import os, tempfile
+import tempfile
 from contextlib import closing
 from datetime import datetime, timedelta
 from dataclasses import dataclass, replace
@@ -273,29 +273,20 @@ def _open_ten_minutes(study, results, root, processes):
     return study, folder
 
 # %% ../nbs/63_section5.ipynb #8a9cf422
-FORMS = 'committed', 'ten minutes', 'full'
-
-def _form(form, rerun, fast):
-    "What is asked for, in one word; 'miniature' in tests"
-    if form is not None and form not in FORMS:
-        raise ValueError(f"form is {form!r}; it is one of {', '.join(map(repr, FORMS))}.")
-    if os.environ.get('IN_TEST') if fast is None else fast: return 'miniature'
-    return form or ('full' if rerun else 'committed')
+FORMS = 'committed', 'miniature', 'ten minutes', 'full'
 
 # %% ../nbs/63_section5.ipynb #bd176deb
 def open_study(
     study: Study,
     results: str | Path='results',  # folder of the committed results
     methods: list | None=None,      # of its methods; all by default
-    rerun: bool=False,              # the same as form='full'
-    fast: bool | None=None,         # the miniature; in nbdev's tests by default
+    form: str='committed',          # one of FORMS: what is trained, and how long
     root: str | Path='experiments', # of run folders, for what is trained
     processes: int=1,               # runs at a time, for what is trained
-    form: str | None=None,          # one of FORMS; committed by default
 ) -> tuple:                         # the study, and the folder of its results
-    "A study to draw from: its committed results, new ones, ten minutes of it, or a miniature"
+    "A study to draw from: its committed results, a miniature, ten minutes of it, or all that they lack"
+    if form not in FORMS: raise ValueError(f"form is {form!r}; it is one of {', '.join(map(repr, FORMS))}.")
     if methods is not None: study = replace(study, methods={m: study.methods[m] for m in methods})
-    form = _form(form, rerun, fast)
     if form == 'miniature': return _open_miniature(study)
     if form == 'ten minutes': return _open_ten_minutes(study, results, root, processes)
     if form == 'full': run_study(study, root, results, processes=processes)

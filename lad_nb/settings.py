@@ -7,6 +7,7 @@ __all__ = ['setting', 'kind_of', 'layer_pairs', 'check_setting', 'Settings', 'se
 
 # %% ../nbs/03_settings.ipynb #a4134840
 from dataclasses import asdict, field, fields, replace
+from functools import cache
 from types import NoneType
 from typing import TYPE_CHECKING, get_args
 
@@ -31,6 +32,7 @@ def setting(
     return field(default=default, metadata=about | ({} if trainer is None else dict(trainer=trainer)))
 
 # %% ../nbs/03_settings.ipynb #a8a7a442
+@cache # each check asks
 def kind_of(
     f,        # a field of a `Settings`
 ) -> type:    # str, int, float, bool or tuple

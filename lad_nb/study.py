@@ -148,7 +148,7 @@ def _run_recipe(study, task, method, seed, tried):
     named = dict(experiment=f'{study.name}_{safe_name(method)}_{seed}')
     if study.methods[method].get('method') != 'undistilled':
         named |= dict(teacher_exp=_teacher_of(study, task, seed).experiment)
-    return study.base.replace(**named).replace(**changes)
+    return study.base.replace(**named | changes)
 
 # %% ../nbs/62_study.ipynb #83ccab4d
 def _tuning_recipe(study, task, method, tried):
@@ -187,9 +187,9 @@ def _unseen(study, task):
     return dict(draws=_draws(study, task), tune=numbers[0], score=numbers[1])
 
 # %% ../nbs/62_study.ipynb #8a4050d8
-def _job(study, stage, task, method, seed, recipe, tried):
+def _job(study, stage, task, method, seed, recipe, tried, unseen):
     "One run of a stage"
-    kept = dict(study=study.name, held_out=0, snapshots=study.snapshots, unseen=_unseen(study, task))
+    kept = dict(study=study.name, held_out=0, snapshots=study.snapshots, unseen=unseen)
     if stage == 'tune':
         held_out = study.unseen.get(task, (0,))[0] or study.held_out.get(task)
         kept |= dict(study=study.tuned_as or study.name, held_out=held_out, snapshots=())
@@ -201,10 +201,11 @@ def _tuning_jobs(study):
     "A run per task, method and try: the first of all methods, then the second of all"
     seed, out = study.tuning_seed, []
     for task in study.tasks:
+        unseen = _unseen(study, task)
         tries = {method: _tries(study, task, method) for method in study.methods}
         for i, method in product(range(max(map(len, tries.values()), default=0)), study.methods):
             recipe = study.tuning_recipe(task, method, **tries[method][i])
-            out.append(_job(study, 'tune', task, method, seed, recipe, tries[method][i]))
+            out.append(_job(study, 'tune', task, method, seed, recipe, tries[method][i], unseen))
     return out
 
 # %% ../nbs/62_study.ipynb #25907f3c
@@ -216,10 +217,11 @@ def jobs(
     "Every run of a stage, in order"
     if stage == 'tune': return _tuning_jobs(study)
     chosen, out = chosen_tries(study, results), []
+    unseen = {task: _unseen(study, task) for task in study.tasks}
     for seed, task, method in product(study.seeds, study.tasks, study.methods):
         tried = chosen.get((task, method), {})
         recipe = study.recipe(task, method, seed, **tried)
-        out.append(_job(study, stage, task, method, seed, recipe, tried))
+        out.append(_job(study, stage, task, method, seed, recipe, tried, unseen[task]))
     return out
 
 # %% ../nbs/62_study.ipynb #946fc304
