@@ -69,6 +69,7 @@ VARIES = [  # what differs from run to run, and what stands for it
     (r'\b\d[\d,]*(?:\.\d+)?\s?(?:ns|µs|us|ms|s|seconds?|min|minutes?|h|hours?)\b', '<time>'),
     (r'\b0x[0-9a-f]+\b', '<address>'),
     (r'\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b', '<id>'),
+    (r'\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b', '<hash>'),  # of weights, say
     (r'(?:/[\w.-]+)*/tmp[a-z0-9_]{8}(?![a-z0-9_])', '<tmp>'),
     (r'ipykernel_\d+/\d+', 'ipykernel'),
     (r'\bT_[0-9a-f]{5}', 'T_'),  # pandas' styled tables
