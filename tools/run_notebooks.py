@@ -9,7 +9,7 @@ Each notebook runs in a fresh kernel with its own folder as working directory (w
 imported the libraries already; see tools/warm_kernels.py). Text is compared after
 durations, addresses, temporary paths, dates and progress bars are taken out; decimals may differ by rounding.
 Pictures are compared pixel by pixel. A training's last digits depend on the processor: --quick compares words
-alone where it is not the one of tools/outputs_made_on.txt, which --write of all notebooks renews. A cell that
+alone where it is not the one that tools/outputs_made_on.json names, which --write keeps. A cell that
 gives something else each time (a table of latencies) says so and why, with `#| varies: the times are this
 machine's`; it has to have an output, but any will do.
 
@@ -22,6 +22,7 @@ import ast
 import base64
 import difflib
 import io
+import json
 import os
 import re
 import subprocess
@@ -39,7 +40,7 @@ from PIL import Image
 from warm_kernels import WarmKernel
 
 ROOT = Path(__file__).parents[1]
-MADE_ON = ROOT/'tools'/'outputs_made_on.txt'  # the processor that the stored outputs are from
+MADE_ON = ROOT/'tools'/'outputs_made_on.json'  # {notebook: the processor that its stored outputs are from}
 FEW = 3  # so many notebooks are done before the libraries have been imported for all
 
 # ---------------------------------------------------------------- what a cell is
@@ -309,6 +310,11 @@ def check(path, quick=False, write=False, numbers=True, kernels=None):
     return result
 
 
+def name(path):
+    "A notebook's name in `MADE_ON`"
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
 def find_notebooks(names):
     """The notebooks of files and folders: stories first, then modules from the last to the first.
 
@@ -334,18 +340,18 @@ def main(args=None):
     if args.quick and args.write:
         parser.error('--write needs the full outputs, and --quick does not compute all of them')
 
-    here, there = processor(), MADE_ON.read_text().strip()
-    numbers = here == there or not args.quick
-    if not numbers:
-        print(f'Outputs were stored on {there}, this is {here}: '
-              'words are compared, numbers and pictures are not.')
-    elif args.write and args.notebooks == [ROOT/'nbs']:
-        MADE_ON.write_text(here + '\n')
-    paths = find_notebooks(args.notebooks)
+    paths, here, made_on = find_notebooks(args.notebooks), processor(), json.loads(MADE_ON.read_text())
+    alike = {path: not args.quick or made_on.get(name(path), here) == here for path in paths}
+    if elsewhere := len(paths) - sum(alike.values()):
+        print(f'Outputs of {elsewhere} notebooks were stored on another processor than this ({here}): '
+              'of those words are compared, numbers and pictures are not.')
     kernels = WarmKernel if args.quick and len(paths) > FEW else None
     with ThreadPoolExecutor(args.workers) as pool:  # the work is in the kernels
-        waiting = [pool.submit(check, path, args.quick, args.write, numbers, kernels) for path in paths]
+        waiting = [pool.submit(check, path, args.quick, args.write, alike[path], kernels) for path in paths]
         results = [told(future.result()) for future in as_completed(waiting)]
+    made_on |= {name(result.path): here for result in results if result.written}
+    if args.write:
+        MADE_ON.write_text(json.dumps(made_on, indent=1, sort_keys=True) + '\n')
     wrong = [result for result in results if result.lines and (result.failed or not result.written)]
     print(f'{len(results) - len(wrong)} of {len(results)} notebooks are as they should be')
     return 1 if wrong else 0
