@@ -11,7 +11,7 @@ __all__ = ['Plan', 'mapping_told', 'sources_told', 'scored_told', 'schedule_told
 # %% ../nbs/47_experiment.ipynb #f1d0af50
 import os, warnings
 from dataclasses import dataclass, field, fields
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -24,7 +24,7 @@ from .rows import Rows, count_unlabelled, labelled_only, rows_of
 from .mappings import Mapping, mapping_from_dict, mapping_to_dict
 from .losses import check_match
 from .distiller import Distiller
-from .models import load_tokenizer, same_tokens
+from .models import load_tokenizer, same_tokens, tokenizer_hashes
 from .encoders import check_labels, load_classifier, load_encoder, make_classifier
 from .students import SIZES, init_layers, make_student, other_sizes
 from .scores import score
@@ -242,8 +242,12 @@ def check_models(
 
 def read_alike(teacher, encoder):
     "Whether two found models give the same ids to a text; one that is not there is no other"
-    if teacher is None or encoder is None: return True
-    return same_tokens(load_tokenizer(teacher.folder), load_tokenizer(encoder.folder))
+    return None in (teacher, encoder) or _read_alike(*(tokenizer_hashes(m.folder) for m in (teacher, encoder)))
+
+@cache # a run asks twice, and a study for each of its runs
+def _read_alike(one, other):
+    "The same of two folders with the hashes of what is there"
+    return same_tokens(*(load_tokenizer(folder) for folder, *_ in (one, other)))
 
 # %% ../nbs/47_experiment.ipynb #fa7a3756
 def layers_to_start_from(

@@ -1,4 +1,5 @@
 """What the tests share: real data when it is there, and a small teacher trained once."""
+import gc
 import os
 import shutil
 import subprocess
@@ -49,6 +50,9 @@ LONG = ['runbook', 'studies', 'faults', 'cache', 'analysis', 'cli', 'browser', '
 
 
 def pytest_configure(config):
+    import lad_nb.study  # noqa: F401  nearly all tests need it, and all that it imports
+    gc.collect()
+    gc.freeze()  # collections are many, and need not look at libraries again and again
     config.option.loadscopereorder = False  # xdist would begin with the file that has the most tests
 
 

@@ -12,7 +12,8 @@ import sys
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
-IMPORTED = ['ipykernel.kernelapp', 'lad_nb.cli', 'lad_nb.study', 'lad_nb.panel']  # and all that these import
+IMPORTED = ['ipykernel.kernelapp', 'lad_nb.cli', 'lad_nb.study', 'lad_nb.panel',  # and all that these import;
+            'frozen']  # the last: so that no collection looks at them again
 INLINE = 'module://matplotlib_inline.backend_inline'  # where a kernel has pictures drawn
 
 server = multiprocessing.get_context('forkserver')
