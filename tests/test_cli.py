@@ -11,6 +11,7 @@ from conftest import FEW, ROOT, names_in, program
 from transformers import BertConfig, BertForSequenceClassification
 
 from lad_nb import cli, quickstart
+from lad_nb.encoders import random_bert
 from lad_nb.experiment import run
 from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.recipes import Recipe, recipe_from_dict
@@ -220,7 +221,8 @@ def test_epochs_count_as_in_the_later_release(glue, tmp_path, monkeypatch, capsy
 
 
 def test_quickstart_leaves_what_it_says(tmp_path, monkeypatch, capsys):
-    few = {name: r.replace(total_step=2, warmup_step=1) for name, r in quickstart.quickstart_recipes.items()}
+    few = dict(total_step=2, warmup_step=1, ptrain_ver=str(random_bert(tmp_path/'encoder')))
+    few = {name: recipe.replace(**few) for name, recipe in quickstart.quickstart_recipes.items()}
     monkeypatch.setattr(quickstart, 'quickstart_recipes', few)
     code, out, err = lad_nb('quickstart', tmp_path/'q', capsys)
     assert code == 0, err
