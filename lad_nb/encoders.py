@@ -256,7 +256,8 @@ def _settings_by_size(config):
 @once_a_config
 def _base_shapes(config, who):
     "{name: shape} of a base model of five layers, by its settings"
-    return {name: tuple(t.shape) for name, t in meta_classifier(config, who=who).base_model.state_dict().items()}
+    weights = meta_classifier(config, who=who).base_model.state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 def _wrong_settings(config, shapes):
     "{setting: what the weights have instead}: sizes that no weight has as the settings say"

@@ -242,7 +242,8 @@ def check_models(
 
 def read_alike(teacher, encoder):
     "Whether two found models give the same ids to a text; one that is not there is no other"
-    return None in (teacher, encoder) or _read_alike(*(tokenizer_hashes(m.folder) for m in (teacher, encoder)))
+    if teacher is None or encoder is None: return True
+    return _read_alike(tokenizer_hashes(teacher.folder), tokenizer_hashes(encoder.folder))
 
 @cache # a run asks twice, and a study for each of its runs
 def _read_alike(one, other):

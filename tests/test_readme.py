@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, program
 from make_readme import readme
 
@@ -33,15 +34,33 @@ def test_links_of_notebooks_lead_somewhere():
     assert found > 100 and not lost
 
 
-def test_commands_of_the_readme_parse():
+def test_it_is_short():
+    text = (ROOT/'README.md').read_text()
+    assert len(text.split()) <= 1200 and max(map(len, text.splitlines())) <= 200
+
+
+def test_commands_of_the_run_book_page_parse():
     """Every lad-nb line is taken as typed (up to what is not there yet), so no flag in it is misspelt."""
-    text = (ROOT/'README.md').read_text().replace('\\\n', ' ')  # a command may go on in the next line
+    text = markdown(ROOT/'nbs'/'guides'/'run_book.ipynb').replace('\\\n', ' ')  # a command may go on
     lines = re.findall(r'^lad-nb (run_(?!fine_tune_eval).*)$', text, re.M)
     assert len(lines) == 2
     for line in lines:
         command = [sys.executable, '-m', 'lad_nb', *line.split(), '--dry_run']
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_ten_lines_print_what_is_stored(tmp_path):
+    """The README's Python, as a newcomer pastes it: to two digits, since processors differ in the third."""
+    cells = json.loads((ROOT/'nbs'/'index.ipynb').read_text())['cells']
+    cell, = (c for c in cells if ''.join(c['source']).startswith('#| slow'))
+    done = subprocess.run([sys.executable, '-c', ''.join(cell['source'])], capture_output=True, text=True,
+                          cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stored = ''.join(cell['outputs'][0]['text'])
+    now, then = ([float(x) for x in re.findall(r'[\d.]+(?=})', text)] for text in (done.stdout, stored))
+    assert len(now) == 3 and now == pytest.approx(then, abs=.03)
 
 
 def test_package_needs_no_nbdev():
