@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
+from lad_nb import __version__
 from lad_nb.card import PICTURE, card
 from lad_nb.cli import main
 from lad_nb.durable import CHECKSUMS, find_damage
@@ -51,6 +52,7 @@ def test_a_run_that_ends_leaves_a_card(done):
     assert {'knowledge-distillation', 'lad'} <= set(found.data.tags) and found.data.metrics == ['accuracy']
     assert not found.data.eval_results, 'nobody has scored it'
     assert 'layer 1 from gate 2' in found.text and 'has not been scored' in found.text
+    assert f') {__version__},' in found.text, 'the code that made it'
     assert find_damage(done) is None and 'README.md' not in json.loads((done/CHECKSUMS).read_text())
 
 
