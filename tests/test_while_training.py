@@ -61,8 +61,11 @@ def killed(step, recipe, root, **how):
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
+KEPT = dict(keep_last_batch=True, accum_step=2, method='kd')
+
+
 @pytest.mark.parametrize('form', [{}, dict(teacher_cache=True, length_groups=True),
-                                  dict(keep_last_batch=True, accum_step=2, method='kd')])
+                                  pytest.param(KEPT, marks=pytest.mark.slow)])
 def test_training_takes_no_notice_of_scores(base, tmp_path, form):
     plain = run(base.replace(**form), tmp_path/'plain', progress=False)
     both = base.replace(eval_step=8, eval_on=('dev', 'train'), **form)
@@ -145,6 +148,7 @@ def test_patience_ends_a_run_and_a_kill_does_not_renew_it(base, dev, best, tmp_p
         assert same_bytes(folder, whole) and ending_of(folder) == ending
 
 
+@pytest.mark.slow
 def test_a_stepper_takes_the_same_updates(base, tmp_path):
     recipe = base.replace(eval_step=4)
     plain = run(recipe, tmp_path/'plain', progress=False)
