@@ -103,7 +103,8 @@ def _draw(curves, names):
     "A panel for each curve, a colour for each run"
     panels, colours = _shown(curves), sns.color_palette('colorblind', max(len(names), 1))
     size = (max(3.3, 1.9*len(panels)), 1.8 + .14*-(-len(names)//min(3, len(panels))))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout='constrained', squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout='constrained', sharex=True,
+                                squeeze=False)
     for ax, what in zip(axes.flat, panels):
         for name, colour in zip(names, colours):
             mine = curves[(curves.run == name) & (curves.what == what)]

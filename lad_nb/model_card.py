@@ -272,7 +272,8 @@ def _rerunning(said, name):
     known, taught = said.get('versions') or {}, said.get('teacher')
     versions = {k: known.get(k, '?') for k in ('python', 'torch', 'transformers')}
     teacher = '' if not taught else ', once its teacher is where `recipe.json` says'
-    code = f" {known['lad_nb']}" if isinstance(known.get('lad_nb'), str) else ''
+    ours = known.get('lad_nb')
+    code = f" {_plain(ours['version'])}" if isinstance(ours, dict) and 'version' in ours else ''
     return _again.format(name=name, teacher=teacher, code=code, **versions)
 
 # %% ../nbs/34_model_card.ipynb #221ca8ed

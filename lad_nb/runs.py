@@ -72,7 +72,7 @@ def check_new(
     there = ', '.join(sorted(p.name for p in folder.iterdir())[:4])
     raise FileExistsError(f"{shown(folder)} exists and holds {shown(there)}, ... Resume it "
                           "(resume=True, --resume), write over it (overwrite=True, --overwrite), or choose "
-                          "another experiment name.")
+                          "another experiment name. The first two are safe on a fresh name as well.")
 
 # %% ../nbs/40_runs.ipynb #7439ae1d
 def _numbered(folder):

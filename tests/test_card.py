@@ -12,10 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
+from lad_nb import __version__
 from lad_nb.card import PICTURE, card
+from lad_nb.cli import main
 from lad_nb.durable import CHECKSUMS, find_damage
 from lad_nb.experiment import open_run, rerun, run
 from lad_nb.model_card import MARK, make_card
@@ -50,6 +52,7 @@ def test_a_run_that_ends_leaves_a_card(done):
     assert {'knowledge-distillation', 'lad'} <= set(found.data.tags) and found.data.metrics == ['accuracy']
     assert not found.data.eval_results, 'nobody has scored it'
     assert 'layer 1 from gate 2' in found.text and 'has not been scored' in found.text
+    assert f') {__version__},' in found.text, 'the code that made it'
     assert find_damage(done) is None and 'README.md' not in json.loads((done/CHECKSUMS).read_text())
 
 
@@ -172,19 +175,35 @@ def hub():
     server.server_close()
 
 
-def pushed(folder, url, *flags, token=TOKEN, offline='0'):
-    """`lad-nb push` in a process of its own: its exit status, what it printed, seconds in the hub's part."""
-    env = os.environ | dict(HF_ENDPOINT=url, HF_HUB_OFFLINE=offline, HF_HUB_DISABLE_XET='1',
-                            HF_HOME=str(folder.parent/'home'), HF_TOKEN=token)
-    command = [sys.executable, '-m', 'lad_nb', 'push', str(folder), 'me/student', *flags]
-    found = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert TOKEN not in found.stdout + found.stderr
+@pytest.fixture
+def pushed(monkeypatch, capsys, tmp_path):
+    """`lad-nb push`: its exit status, what it printed. In this process, with the settings that the hub's
+    library reads from the environment when it is imported; or in a process of its own."""
+    def push(folder, url, *flags, token=TOKEN, offline=False, alone=False):
+        words = ['push', str(folder), 'me/student', *flags]
+        if alone: found = in_a_process(words, tmp_path, url, token)
+        else:
+            told = dict(ENDPOINT=url, HF_HUB_OFFLINE=offline, HF_HUB_DISABLE_XET=True,
+                        HF_TOKEN_PATH=str(tmp_path/'token'))
+            for name, value in told.items(): monkeypatch.setattr(constants, name, value)
+            monkeypatch.setenv('HF_TOKEN', token)
+            found = main(words), *capsys.readouterr()
+        assert TOKEN not in found[1] + found[2]
+        return found
+    return push
+
+
+def in_a_process(words, home, url, token):
+    env = os.environ | dict(HF_ENDPOINT=url, HF_HUB_OFFLINE='0', HF_HUB_DISABLE_XET='1', HF_TOKEN=token,
+                            HF_HOME=str(home/'home'))
+    found = subprocess.run([sys.executable, '-m', 'lad_nb', *words], env=env, capture_output=True, text=True)
     return found.returncode, found.stdout, found.stderr
 
 
-def test_a_run_on_a_hub(done, hub, tmp_path):
+@pytest.mark.parametrize('alone', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_on_a_hub(done, hub, pushed, tmp_path, alone):
     """What travels is a run folder: it is whole, it loads, and its card is read."""
-    code, out, err = pushed(done, hub.url)
+    code, out, err = pushed(done, hub.url, alone=alone)
     assert code == 0 and f'{hub.url}/me/student' in out, err
     assert SENT <= hub.files.keys() <= SENT | {PICTURE}
     assert hub.made['visibility'] == 'private' and hub.tokens == {f'Bearer {TOKEN}'}
@@ -196,7 +215,7 @@ def test_a_run_on_a_hub(done, hub, tmp_path):
     load_gates(open_run(done)[0].objective, there)
 
 
-def test_all_of_a_run(done, hub):
+def test_all_of_a_run(done, hub, pushed):
     code, _, err = pushed(done, hub.url, '--all', '--public')
     assert code == 0, err
     assert SENT | {'log.jsonl', 'checkpoint-4/optimizer.pt'} <= hub.files.keys()
@@ -204,23 +223,23 @@ def test_all_of_a_run(done, hub):
 
 
 @pytest.mark.parametrize('how, says', [
-    (dict(offline='1'), 'HF_HUB_OFFLINE is set'),
+    (dict(offline=True), 'HF_HUB_OFFLINE is set'),
     (dict(token=NONE), 'There is no token for the hub'),
     (dict(url='http://127.0.0.1:9'), 'The hub at http://127.0.0.1:9 does not answer'),
     (dict(refuses=True), r'The hub refused me/student \(status 403\)')], ids=lambda x: str(x)[:12])
-def test_what_can_go_wrong(done, hub, how, says):
+def test_what_can_go_wrong(done, hub, pushed, how, says):
     hub.refuses = how.pop('refuses', False)
     code, out, err = pushed(done, how.pop('url', hub.url), **how)
     assert code == 2 and re.search(says, err) and not hub.files and not out
 
 
-def test_a_dry_run_asks_nobody(done, hub):
+def test_a_dry_run_asks_nobody(done, hub, pushed):
     code, out, err = pushed(done, hub.url, '--dry_run', token=NONE)
     assert code == 0 and not hub.tokens and hub.made is None, err
     assert {line.split()[-1] for line in out.splitlines()[:-1]} == {*files_to_push(done).file}
 
 
-def test_a_damaged_run_is_not_sent(quick, hub, tmp_path):
+def test_a_damaged_run_is_not_sent(quick, hub, pushed, tmp_path):
     folder = run(quick, tmp_path, progress=False)
     (folder/'gates.safetensors').write_bytes(b'')
     code, _, err = pushed(folder, hub.url)

@@ -78,6 +78,7 @@ class Killer(threading.Thread):
         if self.folder: os.kill(self.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_worker_of_a_cluster_is_killed(cluster, tiny, whole, tmp_path):
     """The study ends; no result is lost or doubled, and all are those of a study on one machine."""
     cluster, client = cluster
@@ -113,12 +114,14 @@ class Watched(ThreadPoolExecutor):
         return super().submit(watched)
 
 
-def test_results_are_written_by_the_process_that_asks(tiny, whole, tmp_path):
+def test_results_are_written_by_the_process_that_asks(tiny, tmp_path):
+    few, here = replace(study(tiny, 6), seeds=(42,)), tmp_path/'here'
+    run_study(few, here/'experiments', here/'results', threads=1, say=silent)
     with Watched(tmp_path/'results') as executor:
-        run_study(study(tiny, 60), tmp_path/'experiments', tmp_path/'results', say=silent, executor=executor)
-    assert (executor.jobs, executor.early) == (RUNS + 1, [])
-    assert scores(tmp_path/'results') == scores(whole/'results')
-    assert students(tmp_path/'experiments') == students(whole/'experiments')
+        run_study(few, tmp_path/'experiments', tmp_path/'results', say=silent, executor=executor)
+    assert (executor.jobs, executor.early) == (3, [])
+    assert scores(tmp_path/'results') == scores(here/'results') and len(scores(here/'results')) == 3
+    assert students(tmp_path/'experiments') == students(here/'experiments')
 
 
 def test_a_run_that_another_study_has_is_waited_for(tiny, tmp_path):
@@ -145,20 +148,22 @@ def test_a_job_that_fails_on_a_worker(tiny, tmp_path):
     assert {method for _, method, _ in scores(tmp_path/'results')} == {'teacher', 'LAD', 'KD'}
 
 
+@pytest.mark.slow
 def test_jobs_of_submitit(tiny, tmp_path):
     """Each in a process of its own, by files: what it does on Slurm, without Slurm."""
     submitit = pytest.importorskip('submitit')
     few = replace(study(tiny, 6), seeds=(42,), methods=dict(KD=dict(method='kd')))
     executor = submitit.LocalExecutor(tmp_path/'jobs')
-    executor.update_parameters(timeout_min=10)
+    executor.update_parameters(timeout_min=3) # a job that hangs is ended, and the test fails
     table = run_study(few, tmp_path/'experiments', tmp_path/'results', say=silent, executor=executor)
     assert len(table) == 1 and len(scores(tmp_path/'results')) == 2
     assert len(list((tmp_path/'jobs').glob('*_result.pkl'))) == 2
 
 
 MINE = """
+from dataclasses import replace
 from two_processes import study
-mine = study({model!r}, 6)
+mine = replace(study({model!r}, 6), seeds=(42,))
 """
 
 
@@ -179,23 +184,23 @@ def test_a_scheduler_that_counts(lad_nb, tmp_path):
     """Numbers stay while runs are done; each does its own run, and the teacher before it."""
     code, out, err = lad_nb('study my_studies:mine --list')
     assert code == 0, err
-    assert [line.split()[:3] for line in out] == [[str(n), 'to', 'do'] for n in (1, 2, 3, 4)]
+    assert [line.split()[:3] for line in out] == [[str(n), 'to', 'do'] for n in (1, 2)]
     code, out, err = lad_nb('study my_studies:mine --job 2')
     assert code == 0 and out[-1].startswith('[2] toy KD seed 42'), err
     assert set(scores('results')) == {('teacher', 'teacher', 42), ('run', 'KD', 42)}
     code, out, err = lad_nb('study my_studies:mine --list')
-    assert [line.split()[1] for line in out] == ['to', 'done', 'to', 'to']
+    assert [line.split()[1] for line in out] == ['to', 'done']
     before = (tmp_path/'results'/'runs.jsonl').read_bytes()
     assert lad_nb('study my_studies:mine --job 2')[0] == 0
     assert (tmp_path/'results'/'runs.jsonl').read_bytes() == before
     code, out, err = lad_nb('study my_studies:mine')
-    assert code == 0 and 'two, run: 3 of 4 runs to do, 1 at a time' in out, err
+    assert code == 0 and 'two, run: 1 of 2 runs to do, 1 at a time' in out, err
     from my_studies import mine
     assert {run_key(job) for job in jobs(mine, 'results')} < set(lines_by_run('results'))
 
 
 @pytest.mark.parametrize('line, says', [
-    ('study my_studies:mine --job 5', 'There is no job 5: two has 4'),
+    ('study my_studies:mine --job 5', 'There is no job 5: two has 2'),
     ('study my_studies:mine --job 0', 'counted from 1'),
     ('study my_studies:min', 'Did you mean mine?'),
     ('study my_studie:mine', "There is no module 'my_studie'"),

@@ -120,6 +120,7 @@ def test_it_learns_from_a_cache(quick, tmp_path):
     assert torch.allclose(*map(torch.tensor, losses), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_study_compares_gates(quick, tmp_path):
     own = dict(LAD=dict(method='lad'), tempered=dict(method='lad', gate='tempered'),
                halves=dict(method='lad', gate='halves'))

@@ -201,10 +201,12 @@ def start(words, **env):
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
-def wait_for(what, process, seconds=60):
+def wait_for(what, process, seconds=120):
     end = time.time() + seconds
     while not what():
-        assert time.time() < end and process.poll() is None, process.communicate()
+        if process.poll() is not None or time.time() > end:
+            process.kill() # or to wait for what it says would take forever
+            raise AssertionError(process.communicate())
         time.sleep(.005)
 
 

@@ -10,7 +10,6 @@ from transformers import TrainerCallback
 
 from lad_nb.cli import parse, recipe_of
 from lad_nb.data import load_task
-from lad_nb.encoders import random_bert
 from lad_nb.evaluation import evaluate
 from lad_nb.experiment import open_run, rerun, resolve, run
 from lad_nb.recipes import Recipe, check_recipe
@@ -23,15 +22,10 @@ WATCH = dict(eval_step=2, keep_best=True)
 
 
 @pytest.fixture(scope='module')
-def base(tmp_path_factory):
-    """A recipe of twelve updates of a tiny student, with dropout, and the folder of its models."""
-    root = tmp_path_factory.mktemp('models')
-    sizes = dict(num_hidden_layers=2, hidden_size=16, num_attention_heads=2)
-    encoder = random_bert(root/'encoder', **sizes)
-    teacher = random_bert(root/'teacher', task='toy', seed=1, **sizes)
-    return Recipe('LAD', task='toy', num_hidden_layers=1, teacher=str(teacher), ptrain_ver=str(encoder),
-                  lr=3e-2, gate_lr=1e-2, train_size=100, max_seq_len=24, batch_size=8, total_step=12,
-                  warmup_step=2,
+def base(tiny):
+    """A recipe of twelve updates of a tiny student, with dropout."""
+    return Recipe('LAD', task='toy', num_hidden_layers=2, teacher=str(tiny), ptrain_ver=str(tiny), lr=3e-2,
+                  gate_lr=1e-2, train_size=100, max_seq_len=24, batch_size=8, total_step=12, warmup_step=2,
                   ckpt_step=4, log_step=3, device_id=-1)
 
 
@@ -67,17 +61,20 @@ def killed(step, recipe, root, **how):
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
+KEPT = dict(keep_last_batch=True, accum_step=2, method='kd')
+
+
 @pytest.mark.parametrize('form', [{}, dict(teacher_cache=True, length_groups=True),
-                                  dict(keep_last_batch=True), dict(accum_step=2, method='kd')])
+                                  pytest.param(KEPT, marks=pytest.mark.slow)])
 def test_training_takes_no_notice_of_scores(base, tmp_path, form):
     plain = run(base.replace(**form), tmp_path/'plain', progress=False)
-    both = base.replace(eval_step=5, eval_on=('dev', 'train'), **form)
+    both = base.replace(eval_step=8, eval_on=('dev', 'train'), **form)
     scored = run(both, tmp_path/'scored', progress=False)
     assert (plain/FILES[0]).read_bytes() == (scored/FILES[0]).read_bytes()
     assert [line for line in read_log(scored) if 'loss' in line] == read_log(plain)
     assert [line['step'] for line in evaluations(scored)] == []  # two splits: each has its name in the keys
     named = [line for line in read_log(scored) if 'eval_train_accuracy' in line]
-    assert [line['step'] for line in named] == [5, 10, 12]
+    assert [line['step'] for line in named] == [8, 12]
     assert loss_parts(scored).equals(loss_parts(plain))
 
 
@@ -128,7 +125,7 @@ def test_the_best_checkpoint_outlives_its_age(base, dev, best, tmp_path):
     assert same_bytes(folder, best) and ending_of(folder) == ending_of(best)
 
 
-@pytest.mark.parametrize('step', [3, 7, 11])
+@pytest.mark.parametrize('step', [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 11))])
 def test_a_killed_run_goes_on_to_the_same_end(base, dev, best, tmp_path, step):
     killed(step, base.replace(**WATCH), tmp_path, eval_rows=dev)
     os.rename(tmp_path, moved := tmp_path.with_name(f'moved{step}'))
@@ -138,6 +135,7 @@ def test_a_killed_run_goes_on_to_the_same_end(base, dev, best, tmp_path, step):
     assert same_bytes(folder, best) and ending_of(folder) == ending_of(best)
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_and_a_kill_does_not_renew_it(base, dev, best, tmp_path):
     recipe = base.replace(patience=2, total_step=40, warmup_step=2, **WATCH)
     whole = run(recipe, tmp_path/'whole', progress=False, eval_rows=dev)
@@ -150,6 +148,7 @@ def test_patience_ends_a_run_and_a_kill_does_not_renew_it(base, dev, best, tmp_p
         assert same_bytes(folder, whole) and ending_of(folder) == ending
 
 
+@pytest.mark.slow
 def test_a_stepper_takes_the_same_updates(base, tmp_path):
     recipe = base.replace(eval_step=4)
     plain = run(recipe, tmp_path/'plain', progress=False)
