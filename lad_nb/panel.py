@@ -32,7 +32,7 @@ BUTTONS = { # name: text, icon, tooltip
 # %% ../nbs/59_panel.ipynb #98378da6
 def _button(name):
     text, icon, tip = BUTTONS[name]
-    return W.Button(description=text, icon=icon, tooltip=tip, layout=W.Layout(width='88px'))
+    return W.Button(description=text, icon=icon, tooltip=tip, layout=W.Layout(width='auto'))
 
 # %% ../nbs/59_panel.ipynb #9f4d87cd
 def _deeds(stepper, n): # {button: function}; n is the box
@@ -174,21 +174,24 @@ class SavedPanel(PanelButtons):
 
     def keep(self):
         "Store what is seen now: pages at once, the picture between cells"
-        if not self.shown: return
+        if not self.shown or self._is_kept(): return
         update_display(self.saved(picture=False), raw=True, display_id=self.key)
+        self.at = None
         if self._due or (loop := _loop()) is None: return
         self._due = True
         loop.add_callback(self._keep_picture)
 
-    def _after_cell(self, result):
-        if self._due or self.at != (self.stepper.done, self.stepper.state): self._keep_picture()
+    def _is_kept(self): return self.at == (self.stepper.done, self.stepper.state) # with its picture
 
-    def _keep_picture(self):
+    def _keep_picture(self, *_): # between cells, and at the end of each
         self._due = False
-        if self.stepper.state == 'running' or not self.shown: return
-        self.draw() # the worker may not have come to it yet
+        if not self.shown or self.stepper.state == 'running' or self._is_kept(): return
+        update_display(self._newest(), raw=True, display_id=self.key)
+
+    def _newest(self):
         self.at = self.stepper.done, self.stepper.state
-        update_display(self.saved(), raw=True, display_id=self.key)
+        self.draw() # the worker may not have come to it yet
+        return self.saved()
 
     def __repr__(self): return str(self.stepper)
 
@@ -196,8 +199,8 @@ class SavedPanel(PanelButtons):
         if not hasattr(get_ipython(), 'kernel'): return print(self)
         buttons = self.widget._repr_mimebundle_() | {'text/plain': 'Buttons, while the kernel lives.'}
         display(buttons, raw=True)
-        display(self.saved(), raw=True, display_id=self.key)
-        if not self.shown: get_ipython().events.register('post_run_cell', self._after_cell)
+        display(self._newest(), raw=True, display_id=self.key)
+        if not self.shown: get_ipython().events.register('post_run_cell', self._keep_picture)
         self.shown = True
 
 # %% ../nbs/59_panel.ipynb #e148fbba
@@ -225,11 +228,16 @@ class Panel(SavedPanel):
     def _chosen(self, change):
         "Other shares were asked for"
         self.draw()
-        if self.stepper.state != 'running': self.keep()
+        self._keep_anew()
 
     def _press(self, deed, button):
         super()._press(deed, button)
-        if self.stepper.state != 'running': self.keep() # a score, or an error
+        self._keep_anew() # a score, or an error
+
+    def _keep_anew(self): # what is seen has changed, though the run has not
+        if self.stepper.state == 'running': return
+        self.at = None
+        self.keep()
 
     def draw(self):
         "Bring everything up to date, in place"
@@ -244,7 +252,7 @@ class Panel(SavedPanel):
         "Take the panel off the run"
         self.stepper.unlisten(self._heard)
         self.widget.close()
-        if self.shown: get_ipython().events.unregister('post_run_cell', self._after_cell)
+        if self.shown: get_ipython().events.unregister('post_run_cell', self._keep_picture)
         self.shown = False
 
 # %% ../nbs/59_panel.ipynb #dd02b1d1
