@@ -104,6 +104,8 @@ class PanelButtons(PanelWidgets):
         for name, deed in _deeds(stepper, self.n).items():
             self.buttons[name].on_click(functools.partial(self._press, deed))
 
+    def __repr__(self): return str(self.stepper)
+
     def _press(self, deed, button):
         button.disabled = True
         try:
@@ -192,8 +194,6 @@ class SavedPanel(PanelButtons):
         self.at = self.stepper.done, self.stepper.state
         self.draw() # the worker may not have come to it yet
         return self.saved()
-
-    def __repr__(self): return str(self.stepper)
 
     def _ipython_display_(self):
         if not hasattr(get_ipython(), 'kernel'): return print(self)
