@@ -17,10 +17,11 @@ START, END = '<!-- modules: made by tools/make_readme.py -->', '<!-- end of modu
 
 
 def as_page(cell):
-    "A cell as the README has it: no hidden source, no pictures, no warnings."
+    "A cell as the README has it: no hidden source, no directives, no pictures, no warnings."
     if re.match(r'#\|\s*echo: false', cell.source):
         return nbformat.v4.new_markdown_cell('\n'.join(o.data.get('text/markdown', '') for o in cell.outputs))
     if cell.cell_type == 'code':
+        cell.source = re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
         cell.outputs = [o for o in cell.outputs
                         if 'image/png' not in o.get('data', {}) and o.get('name') != 'stderr']
     return cell
