@@ -46,7 +46,7 @@ def frames(page_file):
     "The page at each update, from the first to the last."
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
-        page = browser.new_page(viewport=dict(width=WIDTH, height=900))
+        page = browser.new_page(viewport=dict(width=WIDTH, height=600))
         page.goto(page_file.as_uri())
         for i in range(len(HELD)):
             page.locator('#lad-slider').fill(str(i))
@@ -61,8 +61,8 @@ def main(root):
     pictures = [ImageOps.pad(picture, size, color='white', centering=(0, 0)) for picture in pictures]
     times = [int(1000*SECONDS)]*(len(pictures) - 1) + [3000]
     PICTURE.parent.mkdir(exist_ok=True)
-    pictures[0].save(PICTURE, save_all=True, append_images=pictures[1:], duration=times, loop=0, quality=60,
-                     method=6)
+    pictures[0].save(PICTURE, save_all=True, append_images=pictures[1:], duration=times, loop=0, method=4,
+                     lossless=True, quality=70)  # of text, lossless is smaller than lossy
     found = PICTURE.stat().st_size
     print(f'{PICTURE.name}: {len(pictures)} frames of {size[0]} x {size[1]}, {found:,} bytes')
     if found > MOST: sys.exit(f'larger than {MOST:,} bytes: take fewer frames, or a lower quality')
