@@ -87,6 +87,7 @@ def test_killed_while_building(experiments, tmp_path):
     assert shards > 4 and deaths == shards - 1
 
 
+@pytest.mark.slow
 def test_two_processes_build_the_same_cache(experiments, tmp_path):
     name, *words = build(experiments, tmp_path, nap=.3)
     command = [sys.executable, Path(__file__).with_name(name), *map(str, words)]

@@ -35,13 +35,13 @@ def test_what_differs_and_where_curves_end(two):
 
 def test_every_curve_is_drawn(two):
     """A panel for each, a line for each run that has it, through the very numbers of the log."""
-    found = compare(two)
+    before, found = plt.get_fignums(), compare(two)
     panels = {ax.get_title(): ax for ax in found.figure.axes}
     assert list(panels) == ['loss', 'hard loss', 'dev loss', 'dev accuracy']
     drawn = [list(line.get_ydata()) for line in panels['loss'].lines]
     assert drawn == [[line['loss'] for line in read_log(f) if 'loss' in line] for f in two]
     html = found._repr_html_()
-    assert '<table' in html and 'data:image/png;base64,' in html and not plt.get_fignums()
+    assert '<table' in html and 'data:image/png;base64,' in html and plt.get_fignums() == before
 
 
 def test_a_figure_for_a_paper(two, tmp_path):

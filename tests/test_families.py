@@ -33,9 +33,17 @@ def runs(request, all_runs):
     return all_runs[request.param]
 
 
+@pytest.fixture
+def all_of_it(request):
+    """Whether the long tests run as well."""
+    return request.config.getoption('--slow')
+
+
 @pytest.mark.parametrize('check', CHECKS)
-def test_family(runs, check):
+def test_family(runs, check, all_of_it):
     """Everything that is asked of a family; `family_checks` says what that is."""
+    if check == 'ONNX' and runs.family.model_type not in ('bert', 'deberta-v2') and not all_of_it:
+        pytest.skip('takes a minute for all families: pytest --slow runs it')
     if check == 'ONNX' and not all(map(importlib.util.find_spec, ('onnx', 'onnxscript', 'onnxruntime'))):
         pytest.skip("ONNX is not installed: pip install 'lad_nb[onnx]'")
     with warnings.catch_warnings():

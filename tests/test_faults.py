@@ -88,7 +88,8 @@ def test_a_log_with_a_torn_last_line(experiments, cut, whole):
     assert same_bytes(folder, whole)
 
 
-MOMENTS = ['Trainer._save_optimizer_and_scheduler', 'Trainer._save_rng_state', 'os.replace']
+SLOW = ['Trainer._save_optimizer_and_scheduler', 'Trainer._save_rng_state']
+MOMENTS = ['os.replace', *(pytest.param(moment, marks=pytest.mark.slow) for moment in SLOW)]
 
 
 @pytest.mark.parametrize('moment', MOMENTS)
@@ -157,6 +158,7 @@ def test_two_threads_of_results(tmp_path):
     assert found == [(w, i) for w in range(4) for i in range(10)]
 
 
+@pytest.mark.slow
 def test_two_processes_start_the_same_experiment(quick, tmp_path):
     """One works, the other is told and leaves no trace. When the first is killed, its folder is free, and the
     run goes on from its checkpoint."""
@@ -216,6 +218,7 @@ def fill(root, left):
     (root/'ballast').write_bytes(bytes(max(0, free - left)))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(quick, tmp_path, disk):
     """It fills up at every few kilobytes of a run: a clear error, earlier checkpoints whole; with room again,
     the same bytes."""

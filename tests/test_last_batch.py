@@ -53,7 +53,7 @@ def test_accumulation_runs_over_the_end_of_an_epoch(kept, tmp_path):
     assert [line['epoch'] for line in read_log(folder)] == pytest.approx([.4*n for n in range(1, 8)])
 
 
-@pytest.mark.parametrize('accum_step', [1, 2])
+@pytest.mark.parametrize('accum_step', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_at_every_update(kept, tmp_path, accum_step):
     """From each checkpoint, within an epoch, at its smaller batch and at its end: the same bytes."""
     recipe = kept.replace(accum_step=accum_step)

@@ -18,7 +18,7 @@ def test_same_run_in_another_process(experiments, lad):
     assert same_bytes(here, experiments/'there_bert_toy') and (here/'gates.safetensors').exists()
 
 
-@pytest.mark.parametrize('stop', [2, 3, 5])
+@pytest.mark.parametrize('stop', [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 def test_stopped_and_resumed(experiments, lad, stop):
     """A process that dies between two log lines; a new one goes on from the last checkpoint."""
     whole = experiments/'whole_bert_toy'

@@ -63,7 +63,7 @@ def test_stepped_with_a_panel_and_noise_between(experiments, recipe, whole):
     assert list(stepper.history.step) == [*range(1, 8)]
 
 
-@pytest.mark.parametrize('stop', [1, 3, 5])
+@pytest.mark.parametrize('stop', [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
 def test_stopped_and_resumed(experiments, recipe, whole, stop):
     """At a checkpoint that was due, at the end of an epoch, and in between; two log lines apart."""
     stepper = Stepper(recipe.replace(experiment=f'stop{stop}'), experiments)
@@ -168,6 +168,7 @@ def test_one_stepper_holds_a_folder(experiments, recipe):
     with pytest.raises(FileExistsError, match='Resume it'): Stepper(recipe, experiments)
 
 
+@pytest.mark.slow
 def test_a_forgotten_stepper_goes_away(experiments, recipe, tmp_path):
     stepper = Stepper(recipe, experiments)
     thread = stepper.thread
