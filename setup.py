@@ -25,7 +25,7 @@ setuptools.setup(
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split()
-                    for extra in ('dev', 'offline', 'onnx', 'trackers', 'cluster', 'completion')},
+                    for extra in ('dev', 'offline', 'onnx', 'trackers', 'cluster', 'completion', 'docs')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['lad_nb=lad_nb._modidx:d']},
     zip_safe=False,
 )
