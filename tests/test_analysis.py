@@ -454,6 +454,7 @@ def scored_pair(i):
     return f'{i}\ta man {a} a dog\ta man {b} a dog\t{5. if a == b else 1. + i % 3/2}\n'
 
 
+@pytest.mark.slow
 def test_probes_and_agreement_of_a_regression(tmp_path, experiments, lad):
     for split, rows in (('train', 48), ('dev', 24)):
         lines = ''.join(map(scored_pair, range(rows)))

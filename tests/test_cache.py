@@ -22,8 +22,9 @@ from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.recipes import FAST
 from lad_nb.students import make_student
 
-SLOW = ('lad_cls', 'lad_no', 'partial_lad', 'lad_reversed', 'alp_kd', 'alp_kd_hidden_v2', 'layer_mean', 'kd')
-METHODS = ['lad', 'bert_pkd', 'alp_kd_hidden', *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)]
+SLOW = ('bert_pkd', 'alp_kd_hidden', 'lad_cls', 'lad_no', 'partial_lad', 'lad_reversed', 'alp_kd',
+        'alp_kd_hidden_v2', 'layer_mean', 'kd')
+METHODS = ['lad', *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)]
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -44,6 +45,7 @@ def test_the_teacher_is_not_asked_again(experiments, lad):
     with patch.object(trainer.model.teacher, 'forward', new=refuse): trainer.train()
 
 
+@pytest.mark.slow
 def test_resumed_within_an_epoch(experiments, lad):
     """Length groups come in the same order after a stop, in the second epoch as well (48 rows: 3 updates an
     epoch)."""

@@ -118,7 +118,7 @@ def answers(root, folder):
     return torch.from_numpy(predict(load_classifier(folder), rows, tokenizer, device_id=-1)).double()
 
 
-@pytest.mark.parametrize('encoder', ['MPNet', 'DistilBERT'])
+@pytest.mark.parametrize('encoder', ['MPNet', pytest.param('DistilBERT', marks=pytest.mark.slow)])
 def test_analyses_ask_each_with_its_own_ids(root, encoder):
     """The teacher's answers are those to its own ids and segments, in the run and beside another student."""
     teacher = root/'teacher_bert_toy'

@@ -166,7 +166,7 @@ def others(finished, tiny, tmp_path):
     yield study(tiny, 10), tmp_path, lambda: hands.submit(held.__exit__, None, None, None).result(), line
 
 
-@pytest.mark.parametrize('ended', [True, False])
+@pytest.mark.parametrize('ended', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_that_another_holds(others, ended):
     """The others go on, then it is waited for: its line is taken, or, when there is none, it is run here."""
     small, folder, let_go, line = others

@@ -57,7 +57,7 @@ def test_best_by_each_metric(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('task, columns, files', [
-    ('stsb', ['step', 'pearson', 'spearman'], ['STS-B.tsv']),
+    pytest.param('stsb', ['step', 'pearson', 'spearman'], ['STS-B.tsv'], marks=pytest.mark.slow),
     ('mnli', ['step', 'accuracy_matched', 'accuracy_mismatched'], ['MNLI-m.tsv', 'MNLI-mm.tsv']),
     ('cola', ['step', 'matthews_correlation'], ['CoLA.tsv'])])
 def test_from_files_to_submission(tmp_path, task, columns, files):

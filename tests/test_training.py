@@ -142,6 +142,7 @@ def test_every_method_trains_and_opens(experiments, lad, method):
     assert (folder/'gates.safetensors').exists() == ('lad' in method)
 
 
+@pytest.mark.slow
 def test_losses_fall_when_there_is_something_to_learn(experiments, lad):
     recipe = lad.replace(experiment='falls', lr=2e-3, total_step=30, warmup_step=3, log_step=5)
     log = read_log(run(recipe, experiments, progress=False))

@@ -231,6 +231,7 @@ def test_the_console_command_starts_lightly():
     assert (done.stdout.strip(), done.stderr) == ('[]', '')
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_interrupted_twice(tmp_path):
     """It leaves no folder behind, and does not advise what it cannot do."""
     process = start([str(ROOT/'tests'/'small_benchmark.py')], TMPDIR=str(tmp_path))

@@ -1,10 +1,10 @@
-"""Make the README's moving picture: a real training, held at update after update, as the browser shows it.
+"""Make the README's moving picture: a real training, held at update after update, as a browser shows it.
 
-    python tools/make_panel_picture.py [FOLDER]      # needs Playwright and a Chromium (see tests/test_browser.py)
+    python tools/make_panel_picture.py [FOLDER]      # needs Playwright and a Chromium
 
-A teacher is fine-tuned on the toy task as the tutorial does it (two minutes; FOLDER keeps it for another time),
-a LAD student is stepped, and the session that `Stepper.save_html` leaves is photographed at each of its updates.
-The frames become nbs/images/panel.webp.
+A teacher is fine-tuned on the toy task as the tutorial does it (two minutes; FOLDER keeps it for another
+time), a LAD student is stepped, and the session that `Stepper.save_html` leaves is photographed at each of
+its updates. The frames become nbs/images/panel.webp.
 """
 import io
 import os
