@@ -28,7 +28,11 @@ def all_runs(tmp_path_factory):
     return {name: Runs(family, folders[name]) for name, family in FAMILIES.items()}
 
 
-@pytest.fixture(scope='module', params=FAMILIES)
+ALIKE = ('XLM-R', 'ELECTRA')  # much as RoBERTa and BERT
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in FAMILIES]
+
+
+@pytest.fixture(scope='module', params=EACH)
 def runs(request, all_runs):
     return all_runs[request.param]
 

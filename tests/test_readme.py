@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT, program
 from make_readme import readme
 
+from lad_nb import cli
+
 
 def test_readme_is_made_from_the_index():
     what = 'README.md is not what nbs/index.ipynb makes: run python tools/make_readme.py'
@@ -39,15 +41,12 @@ def test_it_is_short():
     assert len(text.split()) <= 1200 and max(map(len, text.splitlines())) <= 200
 
 
-def test_commands_of_the_run_book_page_parse():
+def test_commands_of_the_run_book_page_parse(capsys):
     """Every lad-nb line is taken as typed (up to what is not there yet), so no flag in it is misspelt."""
     text = markdown(ROOT/'nbs'/'guides'/'run_book.ipynb').replace('\\\n', ' ')  # a command may go on
     lines = re.findall(r'^lad-nb (run_(?!fine_tune_eval).*)$', text, re.M)
     assert len(lines) == 2
-    for line in lines:
-        command = [sys.executable, '-m', 'lad_nb', *line.split(), '--dry_run']
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for line in lines: assert cli.main([*line.split(), '--dry_run']) == 0, capsys.readouterr().err
 
 
 @pytest.mark.slow

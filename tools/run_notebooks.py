@@ -333,7 +333,8 @@ def main(args=None):
     parser = argparse.ArgumentParser(
         description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('notebooks', nargs='*', default=[ROOT/'nbs'], help='files and folders (default: nbs)')
-    parser.add_argument('--workers', type=int, default=2, help='how many run at the same time (default: 2)')
+    parser.add_argument('--workers', type=int, default=(os.cpu_count() or 1) + 1,
+                        help='how many run at the same time (default: one more than there are cores)')
     parser.add_argument('--quick', action='store_true', help='as in CI: test switches are on')
     parser.add_argument('--write', action='store_true', help='store new outputs where they differ')
     args = parser.parse_args(args)
