@@ -11,11 +11,11 @@ from dataclasses import replace
 from .models import SMALL
 from .recipes import FAST, Recipe
 from .study import Study
-from .section5 import Claim, section5_teacher
+from .section5 import Claim, section5, section5_teacher
 
 # %% ../nbs/69_gates_study.ipynb #ce3d11ba
-_sst2 = dict(train_size=8000, max_seq_len=64, total_step=500, warmup_step=50, ckpt_step=500) # two epochs
-_longer = dict(total_step=750, warmup_step=75, ckpt_step=750)                                # three
+_sst2 = section5.tasks['sst2']                                # 8,000 sentences, two epochs
+_longer = dict(total_step=750, warmup_step=75, ckpt_step=750) # three
 
 teachers = tuple(section5_teacher.replace(experiment=f'teacher_{seed}', task='sst2', seed=seed, lr=1e-4,
                                           **_sst2 | _longer) for seed in (42, 43, 44))

@@ -189,4 +189,4 @@ def tokenizer_hashes(
     files = [f for f in sorted(Path(folder).iterdir()) if f.is_file() and not f.name.endswith(_others)]
     return str(folder), *((f.name, file_hash(f)) for f in files)
 
-_others = 'safetensors', 'bin', 'onnx', 'pt', 'pth', 'h5', 'jsonl', 'lock' # weights and logs
+_others = 'safetensors', 'bin', 'onnx', 'pt', 'pth', 'h5', 'msgpack', 'ot', 'jsonl', 'lock' # weights and logs
