@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .data import teacher_part
 from .gates import Aggregates, GateChain, gate_amounts, part_amounts, to_shares, widen
 from .targets import Gate, Source, States, draw_layers
-from .mappings import Mapping
+from .mappings import Mapping, untaught
 from .losses import check_match, hard_loss, hidden_loss, matches, soft_loss
 
 # %% ../nbs/24_distiller.ipynb #2807b0e3
@@ -508,9 +508,9 @@ class Distiller(SourceMeasures, FrozenTeacher):
         **objective,                    # options of `Objective`, from norm on
     ):
         s, t = student.config, None if teacher is None else teacher.config
-        if t is None: name, t, objective = 'labels only', s, _labels_only(mapping, objective)
-        else: name = 'kd'
-        if mapping is None: mapping = Mapping(name, t.num_hidden_layers, s.num_hidden_layers)
+        M = s.num_hidden_layers
+        if t is None: t, objective, mapping = s, _labels_only(mapping, objective), untaught(M)
+        elif mapping is None: mapping = Mapping('kd', t.num_hidden_layers, M)
         check_fit(s, t, mapping, own_ids)
         objective = dict(regression=s.problem_type == 'regression') | objective
         super().__init__(teacher)

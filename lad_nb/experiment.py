@@ -21,7 +21,7 @@ from .devices import pick_device, pick_precision
 from .tasks import Task, get_task, own_task_told, splits_named
 from .data import add_teacher_ids, encode
 from .rows import Rows, count_unlabelled, labelled_only, rows_of
-from .mappings import Mapping, mapping_from_dict, mapping_to_dict
+from .mappings import Mapping, mapping_from_dict, mapping_to_dict, untaught
 from .losses import check_match
 from .distiller import Distiller
 from .models import load_tokenizer, same_tokens, tokenizer_hashes
@@ -337,7 +337,7 @@ def _settle(recipe, root, rows, teacher, encoder, said, given, missing, scored):
     "What follows from the recipe and what was found"
     own = encoder or teacher
     M = depth_of(own) if recipe.method == 'fine_tune' else recipe.num_hidden_layers
-    mapping = mapping_of(recipe, depth_of(teacher)) or Mapping('labels only', M, M)
+    mapping = mapping_of(recipe, depth_of(teacher)) or untaught(M)
     starts = layers_to_start_from(recipe, mapping, own and own.config)
     device, teacher_device = devices_of(recipe)
     return Plan(recipe, root, teacher, encoder, mapping, starts, device, teacher_device,

@@ -400,8 +400,9 @@ def mapping_html(
     mapping: Mapping,
     parts: dict | None=None,  # of a record: hidden losses
     hardest: int | str | None=None, # pair to mark: see `Mapping.names`
-) -> str:
+) -> str:                  # '' without a teacher
     "Who learns from whom, with every pair's hidden loss; the pair that is matched worst is marked"
+    if not mapping.taught: return ''
     at, edges = _Map(mapping), mapping_edges(mapping)
     marked = None if hardest is None else mapping.student_of(hardest)
     drawn = _map_edges(at, edges, marked, many=len(edges) > 3*mapping.T + mapping.M)

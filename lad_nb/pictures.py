@@ -184,13 +184,14 @@ def draw_run(
     distiller,             # whose mapping it is
     what: str='content',   # shares to show: 'content' or 'mixing'
 ) -> Picture:
-    "Loss parts so far, what the gates took last, and who learns from whom"
-    shares = record is not None and bool(record.taken)
-    figure = Picture(figsize=(8.2 if shares else 4.4, 2.7))
-    curves, *heat, arrows = figure.subplots(1, 2 + shares, width_ratios=[1.2, *[1.6]*shares, .9])
+    "Loss parts so far; what the gates took last, and who learns from whom, where there is a teacher"
+    shares, taught = record is not None and bool(record.taken), distiller.mapping.taught
+    ratios = [1.2, *[1.6]*shares, *[.9]*taught]
+    figure = Picture(figsize=(8.2 if shares else 4.4 if taught else 3.1, 2.7))
+    curves, *others = np.ravel(figure.subplots(1, len(ratios), width_ratios=ratios))
     if len(history): _draw_terms(curves, history, _weights(record, distiller))
     curves.set(xlabel='update', ylabel='term of the loss', title='Loss and its terms')
     curves.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
-    if shares: _shares_on(record, heat[0], what)
-    _draw_worst(arrows, distiller.mapping, record)
+    if shares: _shares_on(record, others[0], what)
+    if taught: _draw_worst(others[-1], distiller.mapping, record)
     return figure
