@@ -83,7 +83,7 @@ def draw_shares(
     if not mapping.segments: return None
     pairs = {p.source.k: p.student for p in mapping.pairs if isinstance(p.source, Gate)}
     ax = plot_gate_shares(gate_shares(folder, rows=rows, **where), pairs=pairs)
-    try: return save(ax, Path(folder)/PICTURE, width=4.4, height=.25*len(mapping.gates) + 1, dpi=200)
+    try: return save(ax, Path(folder)/PICTURE, dpi=200)
     finally: plt.close(ax.figure)
 
 # %% ../nbs/72_card.ipynb #292203bf

@@ -19,7 +19,7 @@ from .model_card import dev_numbers
 from .runs import read_log, run_description
 from .recipes import recipe_from_dict, recipe_table
 from .evaluation import evaluate
-from .style import paper_style
+from .style import SCREEN, styled
 
 # %% ../nbs/74_compare.ipynb #a75c9028
 def _points(line, metrics, eval_on):
@@ -98,18 +98,18 @@ def _shown(curves):
     first = [w for w in ('loss', 'hard loss', 'dev loss') if w in there]
     return first + [w for w in there if w.startswith('dev ') and w not in first]
 
-@paper_style
+@styled
 def _draw(curves, names):
     "A panel for each curve, a colour for each run"
     panels, colours = _shown(curves), sns.color_palette('colorblind', max(len(names), 1))
-    size = (max(3.3, 1.9*len(panels)), 1.8 + .14*-(-len(names)//min(3, len(panels))))
+    size = (max(SCREEN, 1.9*len(panels)), 2.1 + .16*-(-len(names)//min(3, len(panels))))
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout='constrained', sharex=True,
                                 squeeze=False)
     for ax, what in zip(axes.flat, panels):
         for name, colour in zip(names, colours):
             mine = curves[(curves.run == name) & (curves.what == what)]
             ax.plot(mine.step, mine.value, color=colour, marker='.' if len(mine) < 20 else None, label=name)
-        ax.set(title=what, xlabel='updates')
+        ax.set(title=what, xlabel='update')
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc='outside lower center',
                   ncols=min(3, len(panels)))

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from .plots import measure_of
-from .style import COLOURS, COLUMN, check_not_empty, new_axes, paper_style
+from .style import COLOURS, SCREEN, TEXT, check_not_empty, ink, new_axes, styled
 
 # %% ../nbs/54_mapping_plots.ipynb #847c6161
 _column = dict(layer=0., gate=1., student=2.)
@@ -24,10 +24,10 @@ def _nodes(ax, kind, indices, height, faint=(), column=_column):
     colour, name = _look[kind]
     for k in indices:
         fill, edge, line = ('white', '0.6', '--') if k in faint else (colour, colour, '-')
-        ax.text(column[kind], height(k), str(k), ha='center', va='center', size=7, zorder=3,
-                color='0.6' if k in faint else 'white',
+        ax.text(column[kind], height(k), str(k), ha='center', va='center', size=TEXT, zorder=3,
+                color='0.4' if k in faint else ink(colour),
                 bbox=dict(boxstyle='circle,pad=.3', fc=fill, ec=edge, ls=line))
-    if len(indices): ax.text(column[kind], .1, name, ha='center', va='top', size=7)
+    if len(indices): ax.text(column[kind], .1, name, ha='center', va='top', size=TEXT)
 
 # %% ../nbs/54_mapping_plots.ipynb #2fac4c0f
 def _arrow(ax, edge, height, many):
@@ -40,7 +40,7 @@ def _arrow(ax, edge, height, many):
     ax.annotate('', end, start, arrowprops=dict(shrinkA=7, shrinkB=7, mutation_scale=7) | look)
 
 # %% ../nbs/54_mapping_plots.ipynb #5df7f798
-@paper_style
+@styled
 def plot_mapping(
     edges: pd.DataFrame,    # from `mappings.mapping_edges`
     ax: Axes | None=None,   # where to draw
@@ -48,7 +48,7 @@ def plot_mapping(
 ) -> Axes:
     "A mapping as arrows"
     T, M, on = (edges.attrs[n] for n in ('T', 'M', 'on'))
-    ax = new_axes(ax, .3*T + .9, 2.6)
+    ax = new_axes(ax, .32*T + .9, SCREEN/2)
     height = dict(layer=lambda k: k, gate=lambda k: k, student=lambda m: m*T/M)
     for e in edges.itertuples(): _arrow(ax, e, height, many=len(edges) > 2*T)
     gates = sorted(set(edges.target_index[edges.target == 'gate']))
@@ -75,7 +75,7 @@ def _width_legend(ax, title):
               borderaxespad=0, columnspacing=.7, handletextpad=.3, handlelength=1)
 
 # %% ../nbs/54_mapping_plots.ipynb #69b0a55a
-@paper_style
+@styled
 def plot_layer_map(
     shares: pd.DataFrame, # from `analysis.layer_map`: student, layer, share, measure; attrs T, M, method, on
     ax: Axes | None=None,   # where to draw
@@ -88,7 +88,7 @@ def plot_layer_map(
     shares = shares.assign(student=shares.student.map(layer_of))
     size = lambda n, column: shares.attrs.get(n) or int(shares[column].max()) # attrs do not survive a file
     T, M = size('T', 'layer'), size('M', 'student')
-    ax, column, students = new_axes(ax, .26*T + .9, COLUMN/2), dict(layer=0., student=1.), range(1, M + 1)
+    ax, column, students = new_axes(ax, .28*T + .9, SCREEN/3), dict(layer=0., student=1.), range(1, M + 1)
     for e in shares[shares.share.abs() >= least].sort_values('share').itertuples():
         colour = _grey(e.share) if e.share > 0 else _blue
         line = dict(arrowstyle='-', shrinkA=0, shrinkB=0, capstyle='butt', lw=_widest*abs(e.share))

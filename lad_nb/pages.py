@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 
 from .mappings import Mapping, mapping_edges
-from .pictures import PART_COLOURS, SHARE_TITLES, part_look, readers_of, terms_of
+from .pictures import SHARE_TITLES, part_look, readers_of, terms_of
+from .style import PART_COLOURS, ink
 
 # %% ../nbs/56_pages.ipynb #042d68b8
 def tag(
@@ -379,7 +380,7 @@ def _map_nodes(at, kind, indices):
     for k in indices:
         y = at.y(kind, k)
         nodes += [tag('circle', cx=x, cy=f'{y:.0f}', r='8.5', fill=fill),
-                  _label(x, f'{y + 3.5:.1f}', k, 'middle', style='fill:#fff')]
+                  _label(x, f'{y + 3.5:.1f}', k, 'middle', style=f'fill:{ink(fill)}')]
     return nodes + ([_label(x, at.height - 3, name, 'middle')] if len(indices) else [])
 
 # %% ../nbs/56_pages.ipynb #b2cd70a6

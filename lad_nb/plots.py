@@ -13,8 +13,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .style import (COLOURS, COLUMN, MARKERS, add_suptitle, check_not_empty, inches_wide, new_axes,
-                          new_panels, paper_style, wrapped)
+from .style import (COLOURS, LABEL, MARKERS, SCREEN, TITLE, add_suptitle, check_not_empty, fit_numbers,
+                          inches_wide, new_axes, new_panels, styled, wrapped)
 
 # %% ../nbs/53_plots.ipynb #bb2b50fc
 MEASURES = { # measure: what its scale says, and what the picture is of
@@ -59,17 +59,17 @@ def _draw_heat(ax, table, label):
     "The heat map and its colour bar; True if the numbers fit in the cells"
     cell = .75*inches_wide(ax)/table.shape[1] # inches, beside a colour bar
     fits = bool(cell > .19)
-    size = 7 if cell > .3 else 6 if cell > .22 else 5.5
     unseen = (table == 0) & (table.columns != 'bias')
-    numbers = dict(annot=table.round(2) + 0. if fits else False, fmt='.2f', annot_kws=dict(size=size))
+    numbers = dict(annot=table.round(2) + 0. if fits else False, fmt='.2f')
     sns.heatmap(table, ax=ax, mask=unseen, vmin=-1, vmax=1, cmap=_share_map, linewidths=.5,
                 cbar_kws=dict(label=label), **numbers)
+    fit_numbers(ax, cell*table.shape[1])
     lowest = np.floor(table.min(axis=None)*10 + .05)/10
     ax.collections[0].colorbar.ax.set_ylim(min(0, lowest), 1)
     return fits
 
 # %% ../nbs/53_plots.ipynb #1716e9d3
-@paper_style
+@styled
 def plot_gate_shares(
     shares: pd.DataFrame,    # from `analysis.gate_shares`: gate, layer, share, measure and, for content, bias
     ax: Axes | None=None,    # where to draw
@@ -82,8 +82,8 @@ def plot_gate_shares(
     label, what = MEASURES[measure_of(shares)]
     if row == 'student': label = label.replace('mixing weight\n(how the gate is set)', 'weight of the layer')
     table = _share_table(shares, row)
-    more_lines = wrapped(title or what, .775*COLUMN, 9).count('\n')
-    ax = new_axes(ax, .2*table.shape[0] + .8 + .14*more_lines)
+    more_lines = wrapped(title or what, .775*SCREEN, TITLE).count('\n')
+    ax = new_axes(ax, .25*table.shape[0] + .9 + .16*more_lines)
     fits = _draw_heat(ax, table, label)
     reads, ticks = pairs or {}, np.arange(0, table.shape[1], 1 if fits else 2)
     names = [f'{k} → student {reads[k]}' if k in reads else str(k) for k in table.index]
@@ -117,7 +117,7 @@ def start_at_zero(ax, values):
     else: ax.set_ylim(bottom=0)
 
 # %% ../nbs/53_plots.ipynb #5f2cb275
-@paper_style
+@styled
 def plot_shares_by_step(
     shares: pd.DataFrame,    # from `analysis.shares_by_step`: step, gate, layer, share, measure
     gates: list | None=None, # which gates to draw; all that aggregate something by default
@@ -130,18 +130,18 @@ def plot_shares_by_step(
     gates = _gates_to_draw(shares, gates)
     layers = sorted(shares.layer.unique())
     colours = dict(zip(layers, sns.color_palette('viridis', len(layers))))
-    figure, axes = new_panels(gates, .95, columns, sharex=True, sharey=True)
+    figure, axes = new_panels(gates, 1.25, columns, sharex=True, sharey=True)
     for ax, k in zip(axes, gates):
         mine = shares[(shares.gate == k) & (shares.share != 0)].sort_values('step')
         for j, g in mine.groupby('layer'): ax.plot('step', 'share', data=g, color=colours[j], marker='.')
-        ax.set_title(f'gate {k}', size=8)
+        ax.set_title(f'gate {k}', size=LABEL)
         ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     for ax in axes: start_at_zero(ax, shares.share)
     lines = [Line2D([], [], color=colours[j]) for j in layers[::-1]]
     figure.legend(lines, layers[::-1], title='teacher\nlayer', loc='outside right center',
                   handlelength=.8, labelspacing=.25)
     add_suptitle(figure, f'{what}, over training' if title is None else title)
-    figure.supxlabel('updates', size=8); figure.supylabel(label, size=8)
+    figure.supxlabel('update', size=LABEL); figure.supylabel(label, size=LABEL)
     return axes
 
 # %% ../nbs/53_plots.ipynb #77a8eb8e
@@ -158,7 +158,7 @@ def _plot_with_spread(ax, shares, column, kinds, colours, label='{}'):
     start_at_zero(ax, shares.share)
 
 # %% ../nbs/53_plots.ipynb #3b1e7708
-@paper_style
+@styled
 def plot_shares_by_token(
     shares: pd.DataFrame,   # from `analysis.shares_by_token`: token, gate, layer, share, sd, measure
     gate: int | None=None,  # the last by default
@@ -168,7 +168,7 @@ def plot_shares_by_token(
     "One gate's shares over teacher layers, a line per class of token, with the sd over examples"
     check_not_empty(shares, 'shares')
     measure, gate = measure_of(shares), shares.gate.max() if gate is None else gate
-    table, ax = shares[shares.gate == gate], new_axes(ax, 2.1)
+    table, ax = shares[shares.gate == gate], new_axes(ax, 2.6)
     check_not_empty(table, f'gate {gate}')
     kinds = list(dict.fromkeys(table.token))
     _plot_with_spread(ax, table, 'token', kinds, sns.color_palette('colorblind'))
@@ -178,7 +178,7 @@ def plot_shares_by_token(
     return ax
 
 # %% ../nbs/53_plots.ipynb #ff0c018e
-@paper_style
+@styled
 def plot_attention(
     shares: pd.DataFrame,   # from `analysis.layer_map` of an ALP-KD run: student, layer, share, sd, measure
     ax: Axes | None=None,   # where to draw
@@ -188,7 +188,7 @@ def plot_attention(
     check_not_empty(shares, 'shares')
     label = measure_of(shares).replace('mixing', 'attention') # an attention's mixing weights are its weights
     what = 'What arrives of each teacher layer' if 'content' in label else 'Attention over teacher layers'
-    ax, students = new_axes(ax, 2.1), sorted(shares.student.unique())
+    ax, students = new_axes(ax, 2.6), sorted(shares.student.unique())
     _plot_with_spread(ax, shares, 'student', students, sns.color_palette('viridis', len(students)),
                       'student {}')
     ax.axhline(1/shares.layer.max(), color='0.5', ls=':', lw=1, label='even')
@@ -200,7 +200,7 @@ def plot_attention(
 _bands = dict(sd='all entries', sd_dims='dimensions', sd_tokens='tokens') # what a spread is over
 
 # %% ../nbs/53_plots.ipynb #f254d2f8
-@paper_style
+@styled
 def plot_openness(
     openness: pd.DataFrame, # from `analysis.gate_openness`: step, gate, openness and the spread's column
     ax: Axes | None=None,   # where to draw
@@ -211,7 +211,7 @@ def plot_openness(
     check_not_empty(openness, 'openness')
     if spread not in (None, *_bands):
         raise ValueError(f"spread is {spread!r}; it is 'sd_dims', 'sd_tokens', 'sd' or None.")
-    ax, steps = new_axes(ax, 2.1), sorted(openness.step.unique())
+    ax, steps = new_axes(ax, 2.6), sorted(openness.step.unique())
     for step, colour in zip(steps, sns.color_palette('viridis_r', len(steps))):
         g, last = openness[openness.step == step].sort_values('gate'), step == steps[-1]
         if last and spread:
@@ -222,7 +222,7 @@ def plot_openness(
     band = f"\n(band: ± sd over {_bands[spread]})" if spread else ''
     ax.set(xlabel='gate' + band, ylabel='openness (mean z)', title=title,
            xticks=sorted(openness.gate.unique()))
-    _beside(ax).set(title='updates', alignment='left')
+    _beside(ax).set(title='update', alignment='left')
     return ax
 
 # %% ../nbs/53_plots.ipynb #7c2b1d01
@@ -236,7 +236,7 @@ def _name_block(ax, kind, first, last):
     if first: ax.axhline(first, color='white', lw=2); ax.axvline(first, color='white', lw=2)
 
 # %% ../nbs/53_plots.ipynb #09044895
-@paper_style
+@styled
 def plot_cka(
     alike: pd.DataFrame,  # from `similarity.layer_cka`: kind_a, index_a, kind_b, index_b, cka
     ax: Axes | None=None, # where to draw
@@ -247,7 +247,7 @@ def plot_cka(
     found = alike[['kind_a', 'index_a']].drop_duplicates().itertuples(index=False, name=None)
     order = sorted(found, key=lambda one: (list(MARKERS).index(one[0]), one[1]))
     table = alike.pivot(index=['kind_a', 'index_a'], columns=['kind_b', 'index_b'], values='cka')
-    ax, n = new_axes(ax, COLUMN*.93), len(order)
+    ax, n = new_axes(ax, .7*SCREEN, .75*SCREEN), len(order)
     sns.heatmap(table.loc[order, order].to_numpy(), ax=ax, vmin=0, vmax=1, cmap='mako', square=True,
                 cbar_kws=dict(label='CKA', shrink=.75), xticklabels=False, yticklabels=False)
     every = 1 if n <= 16 else 2 if n <= 24 else 3 # ticks that can be read
@@ -274,7 +274,7 @@ def _plot_depths(ax, probes, kinds, T, M):
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 # %% ../nbs/53_plots.ipynb #72bfd0e9
-@paper_style
+@styled
 def plot_probes(
     probes: pd.DataFrame, # from `similarity.linear_probes`: kind, layer, on, metric, value, baseline
     title: str='Linear probes for the label',
@@ -283,10 +283,10 @@ def plot_probes(
     check_not_empty(probes, 'probes')
     panels, kinds = list(dict.fromkeys(probes.on)), [kind for kind in MARKERS if kind in set(probes.kind)]
     T, M = (probes[students].layer.max() for students in (probes.kind != 'student', probes.kind == 'student'))
-    figure, axes = new_panels(panels, 1.9, 2, sharey=True, sharex=True)
+    figure, axes = new_panels(panels, 2.3, 2, sharey=True, sharex=True)
     for ax, on in zip(axes, panels):
         _plot_depths(ax, probes[probes.on == on], kinds, T, M)
-        ax.set_title(dict(cls='on [CLS]', mean='on the mean of tokens').get(on, on), size=8)
+        ax.set_title(dict(cls='on [CLS]', mean='on the mean of tokens').get(on, on), size=LABEL)
     axes[0].set_ylabel(f"dev {probes.metric.iloc[0].replace('_', ' ')}")
     add_suptitle(figure, title)
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(kinds) + 1,
@@ -307,7 +307,7 @@ def _plot_hidden(ax, parts, value):
         ax.legend(ncols=-(-len(colours)//3), labelspacing=.15, handlelength=1, columnspacing=.8)
 
 # %% ../nbs/53_plots.ipynb #2ad76766
-@paper_style
+@styled
 def plot_losses(
     parts: pd.DataFrame, # from `similarity.loss_parts`: step, part, value, weighted
     value: str='value',  # 'weighted': as it enters the sum
@@ -319,15 +319,15 @@ def plot_losses(
     parts = parts[parts.groupby('part')[value].transform(lambda v: v.abs().max()) > 0]
     panel = parts.part.where(~parts.part.str.startswith('hidden_'), 'hidden')
     names = [n for n in _part_titles if n in set(panel)]
-    figure, axes = new_panels(names, 1.2, 2, sharex=True)
+    figure, axes = new_panels(names, 1.5, 2, sharex=True)
     for ax, name in zip(axes, names):
         mine = parts[panel == name]
         if name == 'hidden': _plot_hidden(ax, mine, value)
         else: ax.plot('step', value, data=mine, color=COLOURS['teacher'])
         if log and mine[value].max() > 5*mine[value].min() > 0: ax.set_yscale('log')
-        ax.set_title(_part_titles[name], size=8)
+        ax.set_title(_part_titles[name], size=LABEL)
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    figure.supxlabel('updates', size=8)
-    figure.supylabel(f"loss{', weighted' if value == 'weighted' else ''}", size=8)
+    figure.supxlabel('update', size=LABEL)
+    figure.supylabel(f"loss{', weighted' if value == 'weighted' else ''}", size=LABEL)
     add_suptitle(figure, title)
     return axes

@@ -54,9 +54,7 @@ def _draw_shares(folder) -> Axes:
     "Where the content of each gate comes from"
     pairs = {p.source.k: p.student for p in mapping_of(_student, 6).pairs if isinstance(p.source, Gate)}
     title = 'Quickstart: what arrives in each gate from each teacher layer'
-    ax = plot_gate_shares(gate_shares(folder), title=title, pairs=pairs)
-    ax.figure.set_size_inches(4.4, 2.4) # room for the numbers
-    return ax
+    return plot_gate_shares(gate_shares(folder), title=title, pairs=pairs)
 
 # %% ../nbs/70_quickstart.ipynb #8a588948
 def quickstart(

@@ -9,7 +9,9 @@ __all__ = ['plot_results', 'plot_differences', 'plot_verdicts']
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from .style import COLOURS, COLUMN, add_suptitle, check_not_empty, new_panels, paper_style
+from .style import (COLOURS, LABEL, SCREEN, VERDICT_COLOURS, add_suptitle, check_not_empty, new_panels,
+                          styled)
+from .tasks import title_of
 
 # %% ../nbs/67_result_plots.ipynb #d64fbac9
 def _draw_row(ax, y, mean, low, high, n, seeds=()):
@@ -54,15 +56,15 @@ def _draw_points(summary, seeds, interval, methods, columns):
     "A panel per task, a row per method: seeds, mean, interval"
     _check_points(summary, interval, methods)
     tasks, methods = list(dict.fromkeys(summary.task)), list(methods or dict.fromkeys(summary.method))
-    figure, axes = new_panels(tasks, max(.9, .22*len(methods) + .45), columns, sharey=True)
-    metric, narrow = summary.groupby('task').metric.first(), min(columns, len(tasks)) > 1
+    figure, axes = new_panels(tasks, max(1.1, .24*len(methods) + .5), columns, sharey=True)
+    metric = summary.groupby('task').metric.first()
     for ax, task in zip(axes, tasks):
         own = None if seeds is None else seeds[seeds.task == task]
         _draw_task(ax, summary[summary.task == task], own, interval, methods)
         names_metric = metric.nunique() > 1
-        ax.set_title(f"{task}, {metric[task].replace('_', ' ')}" if names_metric else task, size=8)
-        ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]) if narrow else MaxNLocator(4))
-        if narrow: ax.tick_params(axis='x', labelsize=6)
+        name = title_of(task)
+        ax.set_title(f"{name}, {metric[task].replace('_', ' ')}" if names_metric else name, size=LABEL)
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - .5, -.5)
     return figure, axes
@@ -72,7 +74,7 @@ def _percent(frame): return f"{100*(frame['level'].iloc[0] if 'level' in frame e
 def _unit(metrics): return metrics.iloc[0].replace('_', ' ') if metrics.nunique() == 1 else 'score'
 
 # %% ../nbs/67_result_plots.ipynb #c012ecb7
-@paper_style
+@styled
 def plot_results(
     summary: pd.DataFrame,             # from `statistics.summarise`
     results: pd.DataFrame | None=None, # what it summarises: draws the seeds
@@ -85,12 +87,12 @@ def plot_results(
     "Mean and interval of every method, a panel per task; hollow where there is one seed"
     check_not_empty(summary, 'results')
     figure, axes = _draw_points(summary, results, interval, methods, columns)
-    figure.supxlabel(xlabel or _unit(summary.metric), size=8)
+    figure.supxlabel(xlabel or _unit(summary.metric), size=LABEL)
     add_suptitle(figure, title or f'Results over seeds, with {_percent(summary)} intervals')
     return axes
 
 # %% ../nbs/67_result_plots.ipynb #ad316a96
-@paper_style
+@styled
 def plot_differences(
     differences: pd.DataFrame,       # from `statistics.paired_differences`
     seeds: pd.DataFrame | None=None, # from `statistics.seed_differences`: draws the seeds
@@ -107,18 +109,15 @@ def plot_differences(
     if seeds is not None: seeds = seeds.dropna(subset='difference').assign(value=lambda s: s.difference)
     figure, axes = _draw_points(shared, seeds, interval, methods, columns)
     for ax in axes: ax.axvline(0, color='0.2', lw=1, zorder=0)
-    figure.supxlabel(f'{_unit(differences.metric)} − that of {against}, seed by seed', size=8)
+    figure.supxlabel(f'{_unit(differences.metric)} − that of {against}, seed by seed', size=LABEL)
     add_suptitle(figure, title or f'Difference from {against}, with {_percent(differences)} intervals')
     return axes
 
 # %% ../nbs/67_result_plots.ipynb #039318b8
-_looks = {'better': ('#0072B2', True), 'worse': ('#D55E00', True), 'the same': ('#009E73', True),
-          'undecided': ('0.45', False)} # the first words of a verdict: its colour, and whether it is filled
-
-def _look(verdict): return next(look for words, look in _looks.items() if verdict.startswith(words))
+def _colour(verdict): return next(c for words, c in VERDICT_COLOURS.items() if verdict.startswith(words))
 
 # %% ../nbs/67_result_plots.ipynb #afd606c6
-@paper_style
+@styled
 def plot_verdicts(
     told: pd.DataFrame,     # from `inference.decide`, of one task and metric
     title: str='What the runs say',
@@ -127,14 +126,15 @@ def plot_verdicts(
     check_not_empty(told, 'verdicts')
     if len(kinds := told[['task', 'metric']].drop_duplicates()) > 1:
         raise ValueError(f"There are verdicts on {len(kinds)} tasks and metrics: draw one at a time.")
-    figure, ax = plt.subplots(figsize=(2*COLUMN, .26*len(told) + .8), layout='constrained')
+    figure, ax = plt.subplots(figsize=(SCREEN, .26*len(told) + .8), layout='constrained')
     margin = 100*told.margin.iloc[0]
     ax.axvspan(-margin, margin, color='0.93', lw=0, zorder=0)
     ax.axvline(0, color='0.2', lw=1, zorder=1)
     for y, row in enumerate(told.itertuples()):
-        colour, filled = _look(row.verdict)
+        colour = _colour(row.verdict)
         ax.hlines(y, 100*row.low, 100*row.high, color=colour, lw=1.6)
-        ax.plot(100*row.mean, y, 'o', ms=5, mec=colour, color=colour if filled else 'white')
+        hollow = row.verdict.startswith('undecided')
+        ax.plot(100*row.mean, y, 'o', ms=5, mec=colour, color='white' if hollow else colour)
     ax.set_yticks(range(len(told)), told.difference)
     right = ax.secondary_yaxis('right')
     right.set_yticks(range(len(told)), told.verdict)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .durable import lock_folder, remove_folder
-from .tasks import get_task
+from .tasks import get_task, title_of
 from .models import SMALL
 from .encoders import random_bert
 from .runs import experiment_folder
@@ -28,6 +28,7 @@ from .recipes import FAST, Recipe
 from .sources import settle_families
 from .experiment import run
 from .mapping_plots import plot_layer_map
+from .style import LABEL, SCREEN
 from .statistics import paired_differences
 from .results import SNAPSHOTS
 from .study import Study, chosen_tries, collect_snapshots, missing, run_study
@@ -310,7 +311,8 @@ def draw_layer_maps(
     task = shares.task.iloc[0]
     columns = ['method', 'student', 'layer', 'measure']
     mean = shares[shares.task == task].groupby(columns, as_index=False).share.mean()
-    figure, axes = plt.subplots(1, len(methods), figsize=(2.1*len(methods), 2.7), layout='constrained')
+    size = (max(SCREEN, 1.9*len(methods)), 2.9)
+    figure, axes = plt.subplots(1, len(methods), figsize=size, layout='constrained')
     for ax, method in zip(axes, methods): plot_layer_map(mean[mean.method == method], ax, title=method)
-    figure.suptitle(f'on {task}', fontsize=8)
+    figure.suptitle(f'on {title_of(task)}', fontsize=LABEL)
     return figure

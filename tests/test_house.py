@@ -38,8 +38,21 @@ def module_of(path): return re.search(r'#\|\s*default_exp (\w+)', path.read_text
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_lines_of_a_notebook_fit_on_a_screen(path):
+    """All but where a link leads, which can't be broken."""
     lines = ((c['id'], line) for c in cells(path) for line in ''.join(c['source']).splitlines())
+    lines = ((i, line) for i, line in lines if not re.fullmatch(r'\[[^]]+\]: https://\S+', line))
     assert [f'{i}: {line[:60]}... ({len(line)})' for i, line in lines if len(line) > LINE] == []
+
+
+STORIES = [path for path in NOTEBOOKS if path.parent != HOME/'nbs']  # tutorials, analyses, guides
+
+
+@pytest.mark.parametrize('path', STORIES, ids=lambda p: p.stem)
+def test_plumbing_is_folded_in_jupyter(path):
+    """What the site leaves out does not stand in a reader's way in JupyterLab either."""
+    plumbing = [c for c in cells(path) if re.match(r'#\|\s*hide', ''.join(c['source']))]
+    folded = dict(source_hidden=True)
+    assert [c['id'] for c in plumbing if c['metadata'].get('jupyter') != folded] == []
 
 
 @pytest.mark.parametrize('path', PYTHON, ids=lambda p: f'{p.parent.name}/{p.stem}')

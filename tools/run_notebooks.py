@@ -257,7 +257,8 @@ def run(nb, folder, testing, kernels=None):
     kind = dict(kernel_manager_class=kernels) if kernels else {}
     client = NotebookClient(new, timeout=None, store_widget_state=False, record_timing=False, **kind,
                             resources={'metadata': {'path': str(folder)}},
-                            extra_arguments=['--IPKernelApp.log_level=40'])
+                            extra_arguments=['--IPKernelApp.log_level=40',
+                                             '--InlineBackend.figure_formats=retina'])  # sharp pictures
     client.execute(env=env)
     return new
 
