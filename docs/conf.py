@@ -16,6 +16,7 @@ project, author, release = settings['lib_name'], settings['author'], settings['v
 copyright = settings['copyright']
 extensions = ['myst_nb']
 templates_path, html_static_path = [], [str(HERE/'static')]
+html_extra_path = [str(HERE.parent/'llms.txt')]
 
 # Notebooks are shown with the outputs that they store. Nothing is run.
 nb_execution_mode = 'off'

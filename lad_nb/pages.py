@@ -309,24 +309,26 @@ def _dev_scores(lines):
     return pd.DataFrame(rows, columns=['step', *names])
 
 # %% ../nbs/56_pages.ipynb #d6cea331
+_beside = 62, 96 # pixels beside these curves, left and right: for '3.134e-07', and for 'accuracy 0.8125'
+
 def _dev_curve(name, steps, values, top, first, last, width):
     "One score over updates, between its smallest and its largest value"
-    low, high, left = min(values), max(values), _sides[0]
+    low, high, left = min(values), max(values), _beside[0]
     y = lambda v: top + 62 - 48*((v - low)/(high - low) if high > low else .5)
-    x = lambda step: left + (step - first)/max(1, last - first)*(width - _sides[1] - left)
+    x = lambda step: left + (step - first)/max(1, last - first)*(width - _beside[1] - left)
     color = PART_COLOURS['hidden' if name == 'loss' else 'soft']
     dot = lambda s, v: tag('circle', cx=f'{x(s):.1f}', cy=f'{y(v):.1f}', r=2.2, fill=color)
     dots = [dot(s, v) for s, v in zip(steps, values)]
     line = tag('polyline', points=' '.join(f"{d.get('cx')},{d.get('cy')}" for d in dots), fill='none',
                stroke=color, stroke_width=1.6)
-    ends = [_label(left - 4, f'{y(v) + 3:.1f}', f'{v:.3g}', 'end') for v in dict.fromkeys((low, high))]
-    now = _label(width - _sides[1] + 6, f'{y(values[-1]) + 3:.1f}', f'{name} {values[-1]:.3f}')
+    ends = [_label(left - 4, f'{y(v) + 3:.1f}', f'{v:.4g}', 'end') for v in dict.fromkeys((low, high))]
+    now = _label(width - _beside[1] + 6, f'{y(values[-1]) + 3:.1f}', f'{name} {values[-1]:.4g}')
     return [line, *dots, *ends, now]
 
 # %% ../nbs/56_pages.ipynb #53a9b126
 def dev_html(
     lines: list,    # of a run's log: those with eval_loss, eval_accuracy, .. beside their step
-    width: int=340, # pixels
+    width: int=380, # pixels
 ) -> str:
     "Scores on dev over updates, and the loss there; empty while there are none"
     scores = _dev_scores(lines)
@@ -337,9 +339,10 @@ def dev_html(
         drawn += _dev_curve(name.removeprefix('eval_'), some.step.tolist(), some[name].tolist(), 70*i, first,
                             last, width)
     height = 70*(len(scores.columns) - 1) + 22
-    drawn += [_label(_sides[0], height - 4, f'{first:g}'),
-              _label(width/2 - 17, height - 4, 'update', 'middle'),
-              _label(width - _sides[1], height - 4, f'{last:g}', 'end')]
+    left, right = _beside[0], width - _beside[1]
+    drawn += [_label(left, height - 4, f'{first:g}'),
+              _label((left + right)/2, height - 4, 'update', 'middle'),
+              _label(right, height - 4, f'{last:g}', 'end')]
     return _page('On dev', tag('svg', *drawn, viewBox=f'0 0 {width} {height}', width=width))
 
 # %% ../nbs/56_pages.ipynb #b80b4224

@@ -63,7 +63,7 @@ def _draw_points(summary, seeds, interval, methods, columns):
         _draw_task(ax, summary[summary.task == task], own, interval, methods)
         names_metric = metric.nunique() > 1
         name = title_of(task)
-        ax.set_title(f"{name}, {metric[task].replace('_', ' ')}" if names_metric else name, size=LABEL)
+        ax.set_title(f"{name}, {_in_words(metric[task])}" if names_metric else name, size=LABEL)
         ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - .5, -.5)
@@ -71,7 +71,8 @@ def _draw_points(summary, seeds, interval, methods, columns):
 
 # %% ../nbs/67_result_plots.ipynb #9aebd379
 def _percent(frame): return f"{100*(frame['level'].iloc[0] if 'level' in frame else .95):g} %"
-def _unit(metrics): return metrics.iloc[0].replace('_', ' ') if metrics.nunique() == 1 else 'score'
+def _in_words(metric): return metric.replace('_', ' ').replace('f1', 'F1')
+def _unit(metrics): return _in_words(metrics.iloc[0]) if metrics.nunique() == 1 else 'score'
 
 # %% ../nbs/67_result_plots.ipynb #c012ecb7
 @styled
@@ -91,6 +92,13 @@ def plot_results(
     add_suptitle(figure, title or f'Results over seeds, with {_percent(summary)} intervals')
     return axes
 
+# %% ../nbs/67_result_plots.ipynb #266c51c4
+def _turned(differences, seeds):
+    "Both frames with the other sign"
+    turned = differences.assign(mean=-differences['mean'])
+    for low, high in _intervals.values(): turned[low], turned[high] = -differences[high], -differences[low]
+    return turned, seeds if seeds is None else seeds.assign(value=-seeds.value)
+
 # %% ../nbs/67_result_plots.ipynb #ad316a96
 @styled
 def plot_differences(
@@ -100,6 +108,7 @@ def plot_differences(
     title: str | None=None,
     methods: list | None=None,       # which, from top to bottom; all by default
     columns: int=2,                  # panels side by side
+    less: bool=False,                # the one method less each other, instead of each other less the one
 ) -> np.ndarray:                     # of Axes: one per task
     "Paired differences from one method, with a line at zero; hollow where there is one seed"
     check_not_empty(differences, 'differences')
@@ -107,10 +116,14 @@ def plot_differences(
     if not len(shared):
         raise ValueError(f"There is nothing to draw: no method shares a seed with {against}.")
     if seeds is not None: seeds = seeds.dropna(subset='difference').assign(value=lambda s: s.difference)
+    if less: shared, seeds = _turned(shared, seeds)
     figure, axes = _draw_points(shared, seeds, interval, methods, columns)
     for ax in axes: ax.axvline(0, color='0.2', lw=1, zorder=0)
-    figure.supxlabel(f'{_unit(differences.metric)} − that of {against}, seed by seed', size=LABEL)
-    add_suptitle(figure, title or f'Difference from {against}, with {_percent(differences)} intervals')
+    unit = _unit(differences.metric)
+    said = f'{unit} of {against} − that of the other' if less else f'{unit} − that of {against}'
+    figure.supxlabel(f'{said}, seed by seed', size=LABEL)
+    what = f'{against} less each of the others' if less else f'Difference from {against}'
+    add_suptitle(figure, title or f'{what}, with {_percent(differences)} intervals')
     return axes
 
 # %% ../nbs/67_result_plots.ipynb #039318b8
@@ -141,5 +154,5 @@ def plot_verdicts(
     right.spines['right'].set_visible(False)
     for axis in (ax, right): axis.tick_params(axis='y', length=0)
     ax.set(ylim=(len(told) - .5, -.5), title=title,
-           xlabel=f"difference in {told.metric.iloc[0].replace('_', ' ')}, points; shaded: the same")
+           xlabel=f"difference in {_in_words(told.metric.iloc[0])}, points; shaded: the same")
     return np.array([ax])

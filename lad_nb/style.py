@@ -57,7 +57,7 @@ def wrapped(
 ) -> str:
     "A title in lines that are never cut"
     letters = max(12, int(inches*72/(.48*size))) # a letter is about half an em wide
-    return '\n'.join(fill(line, letters) for line in title.split('\n'))
+    return '\n'.join(fill(line, letters, break_long_words=False) for line in title.split('\n'))
 
 # %% ../nbs/52_style.ipynb #64a4a9ca
 def inches_wide(ax): return ax.get_position().width*ax.figure.get_figwidth() # inches

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT, program
-from make_readme import readme
+from make_readme import llms, readme
 
 from lad_nb import cli
 
@@ -14,6 +14,13 @@ from lad_nb import cli
 def test_readme_is_made_from_the_index():
     what = 'README.md is not what nbs/index.ipynb makes: run python tools/make_readme.py'
     assert (ROOT/'README.md').read_text() == readme(), what
+
+
+def test_llms_txt_names_every_page():
+    text = (ROOT/'llms.txt').read_text()
+    assert text == llms(), 'llms.txt is not what the notebooks say: run python tools/make_readme.py'
+    pages = [p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
+    assert text.count('.html): ') == len(pages) - 1  # the index is the site itself
 
 
 def test_links_lead_somewhere():

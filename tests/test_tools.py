@@ -1,10 +1,12 @@
-"""tools/run_notebooks.py tells outputs that are the present code's from those that are not."""
+"""tools/run_notebooks.py tells outputs that are the present code's from others; badges are what is made."""
 import base64
 import io
 
 import nbformat
 import numpy as np
 import pytest
+from conftest import ROOT
+from make_badges import EXTRAS, with_badges
 from PIL import Image
 from run_notebooks import changes, find_flaws, is_close, main, picture_change, same_text
 
@@ -140,3 +142,19 @@ def test_a_notebook_that_stops_says_where(tmp_path, capsys):
     assert main([str(path), '--write']) == 1
     assert 'ZeroDivisionError' in capsys.readouterr().out
     assert nbformat.read(path, as_version=4).cells[0].outputs == []
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'tutorials').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_badges_are_what_their_tool_makes(path):
+    nb = nbformat.read(path, as_version=4)
+    what = f'{path.name}: run python tools/make_badges.py'
+    assert [c.source for c in nb.cells] == [c.source for c in with_badges(nb, path)], what
+
+
+def test_binder_installs_what_tutorials_need():
+    """The model's line is the README's, versions are those of the README's commands, extras are all there."""
+    asked = (ROOT/'binder'/'requirements.txt').read_text().split()
+    assert asked[:2] == ['-c', '../constraints.txt'] and (ROOT/'constraints.txt').is_file()
+    assert asked[2:] == ['-e', f".[{','.join(EXTRAS.values())}]"]
+    line = (ROOT/'binder'/'postBuild').read_text().splitlines()[-1]
+    assert line.startswith('pip install --no-deps ') and line in (ROOT/'README.md').read_text()

@@ -1,15 +1,18 @@
-"""Make README.md from nbs/index.ipynb, and CONTRIBUTING.md's table of modules from the library's notebooks.
+"""Make README.md from nbs/index.ipynb, CONTRIBUTING.md's table of modules, and llms.txt, from the notebooks.
 
     python tools/make_readme.py
 
 Hidden cells and directives are left out of the README, and links are as seen from the project's top.
-A module's row is its number, its name and the line that its notebook opens with.
+A module's row is its number, its name and the line that its notebook opens with. llms.txt says so of all
+pages of the site, for programs that read (llmstxt.org).
 """
 import posixpath
 import re
 from pathlib import Path
 
 import nbformat
+from make_badges import settings
+from make_site import notebooks, on_site, sections
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
@@ -37,10 +40,17 @@ def readme():
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 
+def opening(path):
+    "A notebook's title, and the line below it."
+    source = nbformat.read(path, as_version=4).cells[0].source
+    title, line = re.match(r'# (.+)\n\n> (.+(?:\n.+)*)', source).groups()
+    return title, ' '.join(line.replace('\n>', ' ').split())
+
+
 def module_row(path):
     "A notebook's row in the table of modules."
     number, _, _ = path.stem.partition('_')
-    name, line = re.match(r'# (\w+)\n\n> (.+)', nbformat.read(path, as_version=4).cells[0].source).groups()
+    name, line = opening(path)
     return f'| {number} | [`{name}`](nbs/{path.name}) | {line} |'
 
 
@@ -55,6 +65,24 @@ def contributing():
     return '\n'.join([before + START, *table, END]) + rest.partition(END)[2]
 
 
+def llms():
+    "llms.txt: what the project is, and a line for each page of its site."
+    said, paths = settings(), notebooks()
+    site, places = f"{said['doc_host']}{said['doc_baseurl']}/", on_site(paths)
+    def row(path):
+        title, line = opening(ROOT/path)
+        return f"- [{title}]({site}{places[path].removesuffix('.ipynb')}.html): {line}"
+    told = sections([path for path in paths if path != 'nbs/index.ipynb'])
+    told['Modules'] = [path for path in paths if re.fullmatch(r'nbs/\d\d_\w+\.ipynb', path)]
+    lines = [f"# {said['lib_name']}", '', f"> {said['description']}.", '',
+             'A method is a value (a `Mapping`), a run is a `Recipe`, and a run folder holds a model that',
+             f"transformers loads. To install it: `pip install {said['lib_name']}`; to train in minutes:",
+             '`lad-nb quickstart`.']
+    for section, found in told.items(): lines += ['', f'## {section}', '', *map(row, found)]
+    return '\n'.join(lines) + '\n'
+
+
 if __name__ == '__main__':
     (ROOT/'README.md').write_text(readme(), encoding='utf-8')
     (ROOT/'CONTRIBUTING.md').write_text(contributing(), encoding='utf-8')
+    (ROOT/'llms.txt').write_text(llms(), encoding='utf-8')
