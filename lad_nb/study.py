@@ -21,6 +21,7 @@ import numpy as np, pandas as pd
 from .durable import FolderInUse, file_hash, lock_folder, remove_folder
 from .executors import check_executor, run_here, run_in_processes, run_on
 from .leases import hold_folder, is_free
+from .models import weights_hash
 from .tasks import get_task
 from .gates import measure_name
 from .runs import check_same, checkpoints, code_version, experiment_folder, run_description, versions
@@ -29,7 +30,7 @@ from .sources import settle_families
 from .experiment import run
 from .results import (answers_of, append_result, check_comparable, kept_answers, labels_of,
                             lines_by_run, processor_name, read_results, run_key, safe_name, scores_of_run,
-                            snapshot, train_rows)
+                            snapshot, train_rows, without_places)
 
 # %% ../nbs/62_study.ipynb #709905ba
 @dataclass(frozen=True)
@@ -376,11 +377,14 @@ def collect(
 def _line(job, folder):
     "What is kept of a run"
     recipe, said = recipe_from_dict(job['recipe']), run_description(folder)
-    teacher, rows = said.get('teacher'), said.get('rows')
+    teacher, encoder, rows = map(said.get, ('teacher', 'encoder', 'rows'))
     scores = scores_of_run(folder, recipe, job.get('held_out', 0), job.get('unseen'), answers := {})
     left_out = {k: scores.pop(k) for k in ('left_out',) if k in scores} # lines of the dev set: no metric
-    named = {k: job[k] for k in ('study', 'stage', 'task', 'method', 'seed', 'recipe')}
+    named = {k: job[k] for k in ('study', 'stage', 'task', 'method', 'seed')}
+    own = said.get('versions', {}).get('classes', {}) # gates and sources of one's own
     return named | dict(
+        classes={name: told.get('sha256') for name, told in own.items()},
+        recipe=without_places(job['recipe']), encoder_sha256=encoder and encoder['sha256'][:16],
         teacher_sha256=teacher and teacher['sha256'][:16], scores=scores, **left_out,
         answers={name: kept_answers(*found) for name, found in answers.items()},
         precision=said.get('precision'), trained_on=rows and rows['sha256'][:16],
@@ -438,7 +442,7 @@ def _run_elsewhere(todo, executor, root, results):
     with closing(run_on(executor, todo, one)) as runs:
         for job, get in runs: yield job, partial(_fetch, get, root, results)
 
-# %% ../nbs/62_study.ipynb #1100ed74
+# %% ../nbs/62_study.ipynb #a9861093
 def _freed(held, root, seconds=1.):
     "Those of some jobs that nobody has any longer, as soon as there are some"
     places = [_place(job, root) for job in held]
@@ -551,6 +555,17 @@ class _Countdown:
         end = datetime.now() + timedelta(seconds=seconds)
         return f"{text}, about {timedelta(seconds=round(seconds))}, ends {end:%H:%M}"
 
+# %% ../nbs/62_study.ipynb #bc4a5210
+def _check_encoders(jobs, results):
+    "`ValueError` for results that began with another encoder than the one that is here by that name"
+    lines = lines_by_run(results)
+    for job in jobs:
+        place, line = job['recipe'].get('ptrain_ver'), lines.get(run_key(job), {})
+        was = line.get('encoder_sha256')
+        if not was or not place or not Path(place).is_dir() or was == (now := weights_hash(place)[:16]): continue
+        raise ValueError(f"The encoder {place} (sha256 {now}..) is not the one of the results in {results} "
+                         f"({was}..). Put that one there, or collect into another folder of results.")
+
 # %% ../nbs/62_study.ipynb #5e474a8e
 def _run_some(runs, processes, say, failed, todo):
     "Do the jobs; failures are added as lines of text. Returns the jobs that another process has"
@@ -610,6 +625,7 @@ def run_study(
     runs, how, at_a_time = _ways(root, results, processes, threads, executor)
     for part in [stage] if stage else _stages(study):
         name, todo = f'{study.name}, {part}', missing(study, results, part)
+        _check_encoders(jobs(study, results, part), results)
         tasks = [task for task in study.tasks if any(job['task'] == task for job in todo)]
         _teach(_teacher_jobs(study, tasks), root, results, say, executor)
         say(f"{name}: {len(todo)} of {len(jobs(study, results, part))} runs to do, {how}")
@@ -631,6 +647,7 @@ def run_job(
         raise ValueError(f"There is no job {number}: {study.name} has {len(planned)} in its stage {stage!r}, "
                          "counted from 1.")
     job = planned[number - 1]
+    _check_encoders([job], results)
     teachers = [t for t in _teacher_jobs(study, [job['task']])
                 if t['recipe']['experiment'] == job['recipe'].get('teacher_exp')]
     _teach(teachers, root, results, say)

@@ -24,7 +24,7 @@ from lad_nb.results import (answers_of, append_result, check_comparable, kept_an
                             read_results, run_key, scores_again)
 from lad_nb.section5 import section5, verdicts
 from lad_nb.study import (at_the_edge, chosen_lrs, chosen_tries, collect, collect_answers, collect_teachers,
-                          cost, jobs, missing, run_study, tuning_table)
+                          cost, jobs, missing, run_job, run_study, tuning_table)
 from lad_nb.unseen import unseen_rows
 
 pytestmark = pytest.mark.faults
@@ -191,6 +191,21 @@ def test_a_run_that_another_holds(others, ended):
     assert trained != ended, 'trained twice, or not at all'
 
 
+def test_a_job_by_number_says_whom_it_waits_for(others):
+    """Of a job array, which does one run: that of another process."""
+    small, folder, let_go, line = others
+    said, number = [], 1 + [(j['method'], j['seed']) for j in jobs(small, folder)].index(('LAD', 42))
+
+    def say(text):
+        said.append(text)
+        if 'waiting' in text:
+            append_result(folder, line)
+            let_go()
+
+    assert run_job(small, number, folder, folder, say=say) == line
+    assert said[1].startswith(f'[{number}] another process has') and 'two_LAD_42_bert_toy' in said[1]
+
+
 def test_a_teacher_that_another_trains(finished, tiny, tmp_path):
     """It is waited for; the study does not fail."""
     hands, held, said = ThreadPoolExecutor(1), lock_folder(tmp_path / 'teacher_bert_toy'), []
@@ -228,7 +243,7 @@ def two_teachers(model, **change):
         first.replace(experiment=f'teacher{n}', seed=n) for n in (1, 2)])) | change)
 
 
-@pytest.mark.parametrize('elsewhere', [False, True])
+@pytest.mark.parametrize('elsewhere', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_teacher_that_another_trains_holds_up_no_other(tiny, tmp_path, hold, elsewhere):
     """The second is trained while the first is held; then that is waited for, and this is said."""
     let_go, said = hold(tmp_path / 'teacher1_bert_toy'), []
@@ -250,7 +265,7 @@ def test_a_teacher_that_another_trains_holds_up_no_other(tiny, tmp_path, hold, e
     assert 'teacher1_bert_toy' in waited[0]
 
 
-@pytest.mark.parametrize('elsewhere', [False, True])
+@pytest.mark.parametrize('elsewhere', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_of_the_runs_that_are_waited_for_the_first_that_is_free_is_done(tiny, tmp_path, hold, elsewhere):
     """Two are held: the later one is let go first, and is done while the other is still held."""
     small, said, done = replace(study(tiny, 6), seeds=(42,)), [], threading.Event()
@@ -297,7 +312,7 @@ def another_machine(folder, *does):
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-@pytest.mark.parametrize('ends', ['well', 'killed'])
+@pytest.mark.parametrize('ends', [pytest.param('well', marks=pytest.mark.slow), 'killed'])
 def test_a_run_that_another_machine_has_on_a_file_system_without_locks(tiny, tmp_path, monkeypatch, ends):
     """Left, then waited for; a machine that dies is given up after a while."""
     monkeypatch.setattr(leases, 'LEASE', 2.)

@@ -3,19 +3,22 @@ import json
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from conftest import same_bytes
+from two_processes import study
 
 from lad_nb.analysis import gate_openness, gate_shares, layer_map, shares_by_step
 from lad_nb.experiment import open_run, rerun, run
 from lad_nb.gates import GateBlock, gate_kinds
 from lad_nb.mappings import Mapping, Pair, Source, methods
 from lad_nb.movement import gate_movement
+from lad_nb.results import read_results
 from lad_nb.runs import class_told, end_of
 from lad_nb.stepper import Stepper
+from lad_nb.study import run_study
 
 SCALE, Ts = 2., 7
 
@@ -200,6 +203,22 @@ def test_a_run_that_does_not_say_what_ran_is_not_spoken_of(root, left, monkeypat
     if 'classes' not in left or left['classes'] == 3: monkeypatch.setitem(gate_kinds, 'warm', hotter())
     else: monkeypatch.setitem(gate_kinds, 'warm', GateBlock)
     silently(open_run, edited(warm(root), forget))
+
+
+def test_a_study_does_not_compare_runs_of_two_gates_under_one_name(tiny, tmp_path, monkeypatch):
+    """The gate is edited when one run of two is done: each line says by which code, and they are not mixed."""
+    lad = dict(LAD=dict(method='lad', gate='warm'))
+    asked = replace(study(tiny, 6), methods=lad)
+    def stop(text):
+        if text.startswith('[1/2]'): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): run_study(asked, tmp_path, tmp_path, say=stop)
+    monkeypatch.setitem(gate_kinds, 'warm', other := hotter())
+    was, now = (class_told(gate)['sha256'] for gate in (Warm, other))
+    with pytest.raises(ValueError, match='code of gates and sources differs .*gate warm') as refused:
+        run_study(asked, tmp_path, tmp_path, say=lambda text: None)
+    assert was in str(refused.value) and now in str(refused.value)
+    runs = [line for line in read_results(tmp_path) if line['stage'] == 'run']
+    assert [line['classes'] for line in runs] == [{'gate warm': was}, {'gate warm': now}]
 
 
 STOPPED = 'half_bert_toy did not finish; its last checkpoint, update 4 of 6, is taken'
