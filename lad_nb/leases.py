@@ -6,7 +6,7 @@
 __all__ = ['BEAT', 'LEASE', 'machine', 'hold_folder', 'is_free']
 
 # %% ../nbs/05_leases.ipynb #e17dc6f7
-import os, socket, threading, time, uuid
+import os, socket, stat, threading, time, uuid
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -25,13 +25,18 @@ BEAT, LEASE = 5., 60. # seconds: how often a note is touched; how long it counts
 
 def _note(folder): return Path(folder).with_name(f'.{Path(folder).name}.held')
 
+_careful = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) # no link, no pipe
+def _no_link(path, flags): return os.open(path, flags | _careful)
+
 def _read(note):
     "Machine and host of a note, and when it was touched last; None if there is none"
     try:
-        with open(note, encoding='utf-8') as f: text, touched = f.read(), os.fstat(f.fileno()).st_mtime_ns
-    except (OSError, ValueError): return
+        with open(note, encoding='utf-8', errors='replace', opener=_no_link) as f:
+            if not stat.S_ISREG((found := os.fstat(f.fileno())).st_mode): return
+            text = f.read(200)
+    except OSError: return
     said = dict(zip(('machine', 'host'), text.split('\n')))
-    return said.get('machine'), said.get('host', 'another machine'), touched
+    return said.get('machine'), said.get('host', 'another machine'), found.st_mtime_ns
 
 # %% ../nbs/05_leases.ipynb #8de08484
 _seen = {} # {note: (what it said, when that was first seen)}
@@ -49,8 +54,8 @@ def _holder(note):
 def _take(note):
     "Leave a note; the host that has one already, or None"
     if host := _holder(note): return host
-    note.unlink(missing_ok=True) # of a process that died
     try:
+        note.unlink(missing_ok=True) # of a process that died
         with open(note, 'x', encoding='utf-8') as f: f.write(f'{machine()}\n{socket.gethostname()}\n')
     except FileExistsError: return 'another machine, which was first'
     except OSError: pass # no room: the lock alone has to do
@@ -95,6 +100,6 @@ def is_free(
     try:
         with lock_folder(folder):
             if _holder(note): return False
-            note.unlink(missing_ok=True)
+            with suppress(OSError): note.unlink()
             return True
     except FolderInUse: return False
