@@ -442,7 +442,7 @@ def _run_elsewhere(todo, executor, root, results):
     with closing(run_on(executor, todo, one)) as runs:
         for job, get in runs: yield job, partial(_fetch, get, root, results)
 
-# %% ../nbs/62_study.ipynb #a9861093
+# %% ../nbs/62_study.ipynb #7d7361ef
 def _freed(held, root, seconds=1.):
     "Those of some jobs that nobody has any longer, as soon as there are some"
     places = [_place(job, root) for job in held]
@@ -555,14 +555,15 @@ class _Countdown:
         end = datetime.now() + timedelta(seconds=seconds)
         return f"{text}, about {timedelta(seconds=round(seconds))}, ends {end:%H:%M}"
 
-# %% ../nbs/62_study.ipynb #bc4a5210
+# %% ../nbs/62_study.ipynb #5c815ba7
 def _check_encoders(jobs, results):
     "`ValueError` for results that began with another encoder than the one that is here by that name"
     lines = lines_by_run(results)
     for job in jobs:
-        place, line = job['recipe'].get('ptrain_ver'), lines.get(run_key(job), {})
-        was = line.get('encoder_sha256')
-        if not was or not place or not Path(place).is_dir() or was == (now := weights_hash(place)[:16]): continue
+        place = job['recipe'].get('ptrain_ver')
+        was = lines.get(run_key(job), {}).get('encoder_sha256')
+        if not (was and place and Path(place).is_dir()): continue
+        if was == (now := weights_hash(place)[:16]): continue
         raise ValueError(f"The encoder {place} (sha256 {now}..) is not the one of the results in {results} "
                          f"({was}..). Put that one there, or collect into another folder of results.")
 

@@ -206,7 +206,7 @@ def test_a_run_that_does_not_say_what_ran_is_not_spoken_of(root, left, monkeypat
 
 
 def test_a_study_does_not_compare_runs_of_two_gates_under_one_name(tiny, tmp_path, monkeypatch):
-    """The gate is edited when one run of two is done: each line says by which code, and they are not mixed."""
+    """The gate is edited when one run of two is done: each line says by which code it ran."""
     lad = dict(LAD=dict(method='lad', gate='warm'))
     asked = replace(study(tiny, 6), methods=lad)
     def stop(text):
