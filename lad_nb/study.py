@@ -23,8 +23,10 @@ from .executors import check_executor, run_here, run_in_processes, run_on
 from .leases import hold_folder, is_free
 from .models import weights_hash
 from .tasks import get_task
-from .gates import measure_name
-from .runs import check_same, checkpoints, code_version, experiment_folder, run_description, versions
+from .gates import gate_kinds, measure_name
+from .mappings import Source
+from .runs import (check_same, checkpoints, class_told, code_version, experiment_folder,
+                         run_description, versions)
 from .recipes import Recipe, in_updates, recipe_from_dict
 from .sources import settle_families
 from .experiment import run
@@ -442,7 +444,7 @@ def _run_elsewhere(todo, executor, root, results):
     with closing(run_on(executor, todo, one)) as runs:
         for job, get in runs: yield job, partial(_fetch, get, root, results)
 
-# %% ../nbs/62_study.ipynb #7d7361ef
+# %% ../nbs/62_study.ipynb #bb32c3dd
 def _freed(held, root, seconds=1.):
     "Those of some jobs that nobody has any longer, as soon as there are some"
     places = [_place(job, root) for job in held]
@@ -555,7 +557,7 @@ class _Countdown:
         end = datetime.now() + timedelta(seconds=seconds)
         return f"{text}, about {timedelta(seconds=round(seconds))}, ends {end:%H:%M}"
 
-# %% ../nbs/62_study.ipynb #5c815ba7
+# %% ../nbs/62_study.ipynb #eb53271c
 def _check_encoders(jobs, results):
     "`ValueError` for results that began with another encoder than the one that is here by that name"
     lines = lines_by_run(results)
@@ -566,6 +568,24 @@ def _check_encoders(jobs, results):
         if was == (now := weights_hash(place)[:16]): continue
         raise ValueError(f"The encoder {place} (sha256 {now}..) is not the one of the results in {results} "
                          f"({was}..). Put that one there, or collect into another folder of results.")
+
+# %% ../nbs/62_study.ipynb #fb01803e
+def _code_now(name):
+    "The hash of a class by its name in a line's `classes`; None if it is not here, or can't be told"
+    kind, _, named = name.partition(' ')
+    cls = (gate_kinds if kind == 'gate' else Source.kinds).get(named)
+    return class_told(cls).get('sha256') if cls else None
+
+def _check_code(todo, planned, results):
+    "`ValueError` if runs would join others of their method that were made by other code"
+    lines, joined = lines_by_run(results), {job['method'] for job in todo}
+    for job in (job for job in planned if job['method'] in joined):
+        for name, was in (lines.get(run_key(job), {}).get('classes') or {}).items():
+            now = _code_now(name)
+            if was and now and was != now:
+                raise ValueError(f"{job['method']} on {job['task']} cannot go on with other code: {name} was "
+                                 f"sha256 {was}, here it is {now}. Put it back, give yours another name, or "
+                                 "collect into another folder of results.")
 
 # %% ../nbs/62_study.ipynb #5e474a8e
 def _run_some(runs, processes, say, failed, todo):
@@ -626,10 +646,11 @@ def run_study(
     runs, how, at_a_time = _ways(root, results, processes, threads, executor)
     for part in [stage] if stage else _stages(study):
         name, todo = f'{study.name}, {part}', missing(study, results, part)
-        _check_encoders(jobs(study, results, part), results)
+        _check_encoders(planned := jobs(study, results, part), results)
+        _check_code(todo, planned, results)
         tasks = [task for task in study.tasks if any(job['task'] == task for job in todo)]
         _teach(_teacher_jobs(study, tasks), root, results, say, executor)
-        say(f"{name}: {len(todo)} of {len(jobs(study, results, part))} runs to do, {how}")
+        say(f"{name}: {len(todo)} of {len(planned)} runs to do, {how}")
         _run_stage(name, todo, runs, at_a_time, root, say)
     return collect(study, results)
 
@@ -649,6 +670,7 @@ def run_job(
                          "counted from 1.")
     job = planned[number - 1]
     _check_encoders([job], results)
+    _check_code([job] if run_key(job) not in lines_by_run(results) else [], planned, results)
     teachers = [t for t in _teacher_jobs(study, [job['task']])
                 if t['recipe']['experiment'] == job['recipe'].get('teacher_exp')]
     _teach(teachers, root, results, say)

@@ -15,10 +15,10 @@ from lad_nb.experiment import open_run, rerun, run
 from lad_nb.gates import GateBlock, gate_kinds
 from lad_nb.mappings import Mapping, Pair, Source, methods
 from lad_nb.movement import gate_movement
-from lad_nb.results import read_results
+from lad_nb.results import append_result, read_results
 from lad_nb.runs import class_told, end_of
 from lad_nb.stepper import Stepper
-from lad_nb.study import run_study
+from lad_nb.study import collect, jobs, run_job, run_study
 
 SCALE, Ts = 2., 7
 
@@ -205,20 +205,25 @@ def test_a_run_that_does_not_say_what_ran_is_not_spoken_of(root, left, monkeypat
     silently(open_run, edited(warm(root), forget))
 
 
-def test_a_study_does_not_compare_runs_of_two_gates_under_one_name(tiny, tmp_path, monkeypatch):
-    """The gate is edited when one run of two is done: each line says by which code it ran."""
-    lad = dict(LAD=dict(method='lad', gate='warm'))
-    asked = replace(study(tiny, 6), methods=lad)
+def test_a_study_does_not_go_on_with_an_edited_gate(tiny, tmp_path, monkeypatch):
+    """One run of two is done when the gate is edited. A table of both, made by hand, is refused as well."""
+    asked = replace(study(tiny, 6), methods=dict(LAD=dict(method='lad', gate='warm')))
     def stop(text):
         if text.startswith('[1/2]'): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): run_study(asked, tmp_path, tmp_path, say=stop)
+    line = read_results(tmp_path)[-1]
     monkeypatch.setitem(gate_kinds, 'warm', other := hotter())
     was, now = (class_told(gate)['sha256'] for gate in (Warm, other))
-    with pytest.raises(ValueError, match='code of gates and sources differs .*gate warm') as refused:
-        run_study(asked, tmp_path, tmp_path, say=lambda text: None)
-    assert was in str(refused.value) and now in str(refused.value)
-    runs = [line for line in read_results(tmp_path) if line['stage'] == 'run']
-    assert [line['classes'] for line in runs] == [{'gate warm': was}, {'gate warm': now}]
+    assert line['classes'] == {'gate warm': was}
+    words = f'LAD on toy cannot go on with other code: gate warm was sha256 {was}, here it is {now}'
+    for deed in (lambda: run_study(asked, tmp_path, tmp_path), lambda: run_job(asked, 2, tmp_path, tmp_path)):
+        with pytest.raises(ValueError, match=words): deed()
+    assert len(read_results(tmp_path)) == 2 and not (tmp_path/'two_LAD_43_bert_toy').exists()
+    assert run_job(asked, 1, tmp_path, tmp_path) == line, 'what is done may be read'
+    append_result(tmp_path, jobs(asked, tmp_path)[1] | {k: v for k, v in line.items() if k not in (
+        'seed', 'recipe')} | dict(classes={'gate warm': now}))
+    with pytest.raises(ValueError, match=f'code of gates and sources differs .*{was}.*{now}'):
+        collect(asked, tmp_path)
 
 
 STOPPED = 'half_bert_toy did not finish; its last checkpoint, update 4 of 6, is taken'
