@@ -444,7 +444,7 @@ def _run_elsewhere(todo, executor, root, results):
     with closing(run_on(executor, todo, one)) as runs:
         for job, get in runs: yield job, partial(_fetch, get, root, results)
 
-# %% ../nbs/62_study.ipynb #bb32c3dd
+# %% ../nbs/62_study.ipynb #f303abc5
 def _freed(held, root, seconds=1.):
     "Those of some jobs that nobody has any longer, as soon as there are some"
     places = [_place(job, root) for job in held]
@@ -557,7 +557,7 @@ class _Countdown:
         end = datetime.now() + timedelta(seconds=seconds)
         return f"{text}, about {timedelta(seconds=round(seconds))}, ends {end:%H:%M}"
 
-# %% ../nbs/62_study.ipynb #eb53271c
+# %% ../nbs/62_study.ipynb #ffe15ce2
 def _check_encoders(jobs, results):
     "`ValueError` for results that began with another encoder than the one that is here by that name"
     lines = lines_by_run(results)
@@ -569,7 +569,7 @@ def _check_encoders(jobs, results):
         raise ValueError(f"The encoder {place} (sha256 {now}..) is not the one of the results in {results} "
                          f"({was}..). Put that one there, or collect into another folder of results.")
 
-# %% ../nbs/62_study.ipynb #fb01803e
+# %% ../nbs/62_study.ipynb #8b401f50
 def _code_now(name):
     "The hash of a class by its name in a line's `classes`; None if it is not here, or can't be told"
     kind, _, named = name.partition(' ')
