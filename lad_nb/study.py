@@ -13,22 +13,26 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
-from itertools import product
+from itertools import compress, product
 from pathlib import Path
 
 import numpy as np, pandas as pd
 
 from .durable import FolderInUse, file_hash, lock_folder, remove_folder
 from .executors import check_executor, run_here, run_in_processes, run_on
+from .leases import hold_folder, is_free
+from .models import weights_hash
 from .tasks import get_task
-from .gates import measure_name
-from .runs import check_same, checkpoints, code_version, experiment_folder, run_description, versions
+from .gates import gate_kinds, measure_name
+from .mappings import Source
+from .runs import (check_same, checkpoints, class_told, code_version, experiment_folder,
+                         run_description, versions)
 from .recipes import Recipe, in_updates, recipe_from_dict
 from .sources import settle_families
 from .experiment import run
 from .results import (answers_of, append_result, check_comparable, kept_answers, labels_of,
                             lines_by_run, processor_name, read_results, run_key, safe_name, scores_of_run,
-                            snapshot, train_rows)
+                            snapshot, train_rows, without_places)
 
 # %% ../nbs/62_study.ipynb #709905ba
 @dataclass(frozen=True)
@@ -375,11 +379,14 @@ def collect(
 def _line(job, folder):
     "What is kept of a run"
     recipe, said = recipe_from_dict(job['recipe']), run_description(folder)
-    teacher, rows = said.get('teacher'), said.get('rows')
+    teacher, encoder, rows = map(said.get, ('teacher', 'encoder', 'rows'))
     scores = scores_of_run(folder, recipe, job.get('held_out', 0), job.get('unseen'), answers := {})
     left_out = {k: scores.pop(k) for k in ('left_out',) if k in scores} # lines of the dev set: no metric
-    named = {k: job[k] for k in ('study', 'stage', 'task', 'method', 'seed', 'recipe')}
+    named = {k: job[k] for k in ('study', 'stage', 'task', 'method', 'seed')}
+    own = said.get('versions', {}).get('classes', {}) # gates and sources of one's own
     return named | dict(
+        classes={name: told.get('sha256') for name, told in own.items()},
+        recipe=without_places(job['recipe']), encoder_sha256=encoder and encoder['sha256'][:16],
         teacher_sha256=teacher and teacher['sha256'][:16], scores=scores, **left_out,
         answers={name: kept_answers(*found) for name, found in answers.items()},
         precision=said.get('precision'), trained_on=rows and rows['sha256'][:16],
@@ -403,21 +410,23 @@ def _write_down(line, folder, results):
     return line
 
 # %% ../nbs/62_study.ipynb #81fd722c
-def _one(job, root, results, wait=False, keep=True):
-    "The line of a run that no other process has, or had; `FolderInUse` if one has it"
-    recipe = recipe_from_dict(job['recipe'])
-    settled = settle_families(recipe, root)
-    folder = experiment_folder(settled.experiment, settled.task, settled.model, root)
-    with lock_folder(folder, (lambda: None) if wait else None):
+def _place(job, root):
+    "The run folder of a job"
+    settled = settle_families(recipe_from_dict(job['recipe']), root)
+    return experiment_folder(settled.experiment, settled.task, settled.model, root)
+
+def _one(job, root, results, wait=None, keep=True):
+    "The line of a run that no other process has; `FolderInUse` if one has it, `elsewhere` if one had it"
+    with hold_folder(folder := _place(job, root), wait):
         done = lines_by_run(results).get(run_key(job))
-        if done: return done
-        line = _train_and_score(job, recipe, folder, root)
+        if done: return done | dict(elsewhere=True)
+        line = _train_and_score(job, recipe_from_dict(job['recipe']), folder, root)
         return _write_down(line, folder, results) if keep else line | dict(folder=folder.name)
 
 # %% ../nbs/62_study.ipynb #8806387a
-def _on_worker(job, **how):
-    "The line of a run and its folder's name; None if another process has the run"
-    try: return _one(job, keep=False, **how)
+def _on_worker(job, one, **how):
+    "What comes of a job; None if another process has its folder"
+    try: return one(job, **how)
     except FolderInUse: return None
 
 def _fetch(get, root, results):
@@ -429,11 +438,26 @@ def _fetch(get, root, results):
     except FolderInUse: return append_result(results, line) # the other tidies up
 
 # %% ../nbs/62_study.ipynb #91168f1f
-def _run_elsewhere(todo, executor, root, results, wait):
+def _run_elsewhere(todo, executor, root, results):
     "The jobs as they are done on an executor, each with a function that writes down its line"
-    one = partial(_on_worker, root=root, results=results, wait=wait)
+    one = partial(_on_worker, one=partial(_one, keep=False), root=root, results=results)
     with closing(run_on(executor, todo, one)) as runs:
         for job, get in runs: yield job, partial(_fetch, get, root, results)
+
+# %% ../nbs/62_study.ipynb #f303abc5
+def _freed(held, root, seconds=1.):
+    "Those of some jobs that nobody has any longer, as soon as there are some"
+    places = [_place(job, root) for job in held]
+    while not any(free := [is_free(place) for place in places]): time.sleep(seconds)
+    return list(compress(held, free))
+
+def _in_turns(todo, do, root, wait):
+    "Do jobs, where `do` leaves those that others have; these again as they become free. `wait` is told once"
+    held = do(todo)
+    if busy := [job for job in held if not is_free(_place(job, root))]: wait(busy)
+    while held:
+        freed = _freed(held, root)
+        held = [job for job in held if job not in freed] + do(freed)
 
 # %% ../nbs/62_study.ipynb #4dd6ed70
 def _teacher_job(study, task, recipe):
@@ -468,26 +492,32 @@ def _check_teacher(found, folder, job, results):
 # %% ../nbs/62_study.ipynb #85d7d9d1
 def _teach_one(job, root, results, say=lambda text: None):
     "A teacher's folder, its hash, and its line, unless there is one in the results"
-    asked = recipe_from_dict(job['recipe'])
-    recipe = settle_families(asked, root)
-    folder = experiment_folder(recipe.experiment, recipe.task, recipe.model, root)
-    def wait(): say(f'teacher on {recipe.task}: another process has {folder}; waiting for it')
-    with lock_folder(folder, wait):
+    recipe = settle_families(recipe_from_dict(job['recipe']), root)
+    with hold_folder(folder := _place(job, root)):
         found = _fine_tune(recipe, folder, root, say)
         _check_teacher(found, folder, job, results)
         if run_key(job) in lines_by_run(results): return folder.name, found, None
         return folder.name, found, _line(job, folder) | dict(teacher_sha256=found, snapshots={})
 
 # %% ../nbs/62_study.ipynb #33e25a55
-def _teach(todo, root, results, say, executor=None):
-    "Fine-tune some teachers, unless they are there"
-    one = partial(_teach_one, root=root, results=results)
+def _teach_some(root, results, say, executor, todo):
+    "Fine-tune some teachers, unless they are there; those that another process has"
+    one, held = partial(_on_worker, one=_teach_one, root=root, results=results), []
     runs = run_here(todo, partial(one, say=say)) if executor is None else run_on(executor, todo, one)
     with closing(runs):
         for job, get in runs:
-            name, found, line = get()
+            if (got := get()) is None: held.append(job); continue
+            name, found, line = got
             if executor is not None: _check_teacher(found, Path(root)/name, job, results)
             if line: append_result(results, line)
+    return held
+
+def _teach(todo, root, results, say, executor=None):
+    "Fine-tune some teachers, unless they are there; first those that nobody else has"
+    def wait(held):
+        for job in held:
+            say(f"teacher on {job['task']}: another process has {_place(job, root)}; waiting for it")
+    _in_turns(todo, partial(_teach_some, root, results, say, executor), root, wait)
 
 # %% ../nbs/62_study.ipynb #93f9a6b9
 def _teacher_jobs(study, tasks):
@@ -520,33 +550,62 @@ class _Countdown:
         "What to say after a run"
         self.left.remove(job['task'])
         self.times.setdefault(job['task'], []).append(line['seconds'])
-        text = f"[{self.all - len(self.left)}/{self.all}] {_described(job, line)}; {len(self.left)} left"
+        said = _described(job, line) + ', by another process'*line.get('elsewhere', False)
+        text = f"[{self.all - len(self.left)}/{self.all}] {said}; {len(self.left)} left"
         if not self.left: return text
         seconds = self.seconds_left()
         end = datetime.now() + timedelta(seconds=seconds)
         return f"{text}, about {timedelta(seconds=round(seconds))}, ends {end:%H:%M}"
 
+# %% ../nbs/62_study.ipynb #ffe15ce2
+def _check_encoders(jobs, results):
+    "`ValueError` for results that began with another encoder than the one that is here by that name"
+    lines = lines_by_run(results)
+    for job in jobs:
+        place = job['recipe'].get('ptrain_ver')
+        was = lines.get(run_key(job), {}).get('encoder_sha256')
+        if not (was and place and Path(place).is_dir()): continue
+        if was == (now := weights_hash(place)[:16]): continue
+        raise ValueError(f"The encoder {place} (sha256 {now}..) is not the one of the results in {results} "
+                         f"({was}..). Put that one there, or collect into another folder of results.")
+
+# %% ../nbs/62_study.ipynb #8b401f50
+def _code_now(name):
+    "The hash of a class by its name in a line's `classes`; None if it is not here, or can't be told"
+    kind, _, named = name.partition(' ')
+    cls = (gate_kinds if kind == 'gate' else Source.kinds).get(named)
+    return class_told(cls).get('sha256') if cls else None
+
+def _check_code(todo, planned, results):
+    "`ValueError` if runs would join others of their method that were made by other code"
+    lines, joined = lines_by_run(results), {job['method'] for job in todo}
+    for job in (job for job in planned if job['method'] in joined):
+        for name, was in (lines.get(run_key(job), {}).get('classes') or {}).items():
+            now = _code_now(name)
+            if was and now and was != now:
+                raise ValueError(f"{job['method']} on {job['task']} cannot go on with other code: {name} was "
+                                 f"sha256 {was}, here it is {now}. Put it back, give yours another name, or "
+                                 "collect into another folder of results.")
+
 # %% ../nbs/62_study.ipynb #5e474a8e
-def _run_all(todo, runs, processes, say):
-    "Do the jobs; returns failures as lines of text, and the jobs that another process has"
-    failed, held, countdown = [], [], _Countdown(todo, processes)
-    with closing(runs):
-        for job, get in runs:
+def _run_some(runs, processes, say, failed, todo):
+    "Do the jobs; failures are added as lines of text. Returns the jobs that another process has"
+    held, countdown = [], _Countdown(todo, processes)
+    with closing(runs(todo)) as some:
+        for job, get in some:
             try: line = get()
             except FolderInUse: held.append(job)
             except Exception as e:
                 failed.append(f"{job['task']} {job['method']} seed {job['seed']}: {type(e).__name__}: {e}")
                 say('failed: ' + failed[-1])
             else: say(countdown.after(job, line))
-    return failed, held
+    return held
 
 # %% ../nbs/62_study.ipynb #a81d69cd
-def _run_stage(name, todo, runs, processes, say):
-    "Do the jobs of a stage, then wait for those that another process has; an error names those that failed"
-    failed, held = _run_all(todo, runs(todo), processes, say)
-    if held:
-        say(f"{name}: another process has {len(held)} of the runs; waiting for them")
-        failed += _run_all(held, runs(held, wait=True), processes, say)[0]
+def _run_stage(name, todo, runs, processes, root, say):
+    "Do the jobs of a stage, at last those that another process has; an error names those that failed"
+    def wait(held): say(f"{name}: another process has {len(held)} of the runs; waiting for them")
+    _in_turns(todo, partial(_run_some, runs, processes, say, failed := []), root, wait)
     if failed:
         raise RuntimeError(f"{len(failed)} runs failed, the others are done; start the study again "
                            "when the cause is mended:\n" + '\n'.join(failed))
@@ -554,11 +613,16 @@ def _run_stage(name, todo, runs, processes, say):
 # %% ../nbs/62_study.ipynb #94efa526
 def _ways(root, results, processes, threads, executor):
     "How jobs are run, as a function of the jobs; for people; and how many at a time, if that is known"
-    def runs(todo, wait=False):
-        if executor is not None: return _run_elsewhere(todo, executor, root, results, wait)
-        one = partial(_one, root=root, results=results, wait=wait)
+    def begin(todo):
+        if executor is not None: return _run_elsewhere(todo, executor, root, results)
+        one = partial(_one, root=root, results=results)
         if processes == 1: return run_here(todo, one, threads)
         return run_in_processes(todo, one, processes, threads)
+    def runs(todo):
+        done = lines_by_run(results) # no process is started to look at what is there
+        yield from ((job, partial(dict, done[run_key(job)], elsewhere=True)) for job in todo
+                    if run_key(job) in done)
+        if left := [job for job in todo if run_key(job) not in done]: yield from begin(left)
     if executor is None: return runs, f'{processes} at a time', processes
     check_executor(executor)
     return runs, f'on {type(executor).__name__}', None
@@ -577,15 +641,17 @@ def run_study(
     say=print,                      # gets a line per finished run
     executor=None,                  # instead of processes: a `concurrent.futures.Executor`
 ) -> pd.DataFrame:                  # as `collect`
-    "Fine-tune the teachers, choose learning rates, run the grid; what has a result is left as it is"
+    "Fine-tune the teachers, choose learning rates, run the grid; shares the work with others on one root"
     if executor is not None: root, results = Path(root).absolute(), Path(results).absolute()
     runs, how, at_a_time = _ways(root, results, processes, threads, executor)
     for part in [stage] if stage else _stages(study):
         name, todo = f'{study.name}, {part}', missing(study, results, part)
+        _check_encoders(planned := jobs(study, results, part), results)
+        _check_code(todo, planned, results)
         tasks = [task for task in study.tasks if any(job['task'] == task for job in todo)]
         _teach(_teacher_jobs(study, tasks), root, results, say, executor)
-        say(f"{name}: {len(todo)} of {len(jobs(study, results, part))} runs to do, {how}")
-        _run_stage(name, todo, runs, at_a_time, say)
+        say(f"{name}: {len(todo)} of {len(planned)} runs to do, {how}")
+        _run_stage(name, todo, runs, at_a_time, root, say)
     return collect(study, results)
 
 # %% ../nbs/62_study.ipynb #9eda0e1d
@@ -603,10 +669,14 @@ def run_job(
         raise ValueError(f"There is no job {number}: {study.name} has {len(planned)} in its stage {stage!r}, "
                          "counted from 1.")
     job = planned[number - 1]
+    _check_encoders([job], results)
+    _check_code([job] if run_key(job) not in lines_by_run(results) else [], planned, results)
     teachers = [t for t in _teacher_jobs(study, [job['task']])
                 if t['recipe']['experiment'] == job['recipe'].get('teacher_exp')]
     _teach(teachers, root, results, say)
-    line = _one(job, root, results, wait=True)
+    def wait(): say(f'[{number}] another process has {_place(job, root)}; waiting for it')
+    line = _one(job, root, results, wait)
+    line.pop('elsewhere', None)
     say(f'[{number}] {_described(job, line)}')
     return line
 

@@ -8,12 +8,14 @@ import re
 import shutil
 import socket
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import huggingface_hub
 import pytest
 import torch
+from two_processes import study
 
 from lad_nb import devices, models
 from lad_nb.analysis import gate_shares
@@ -26,10 +28,12 @@ from lad_nb.evaluation import evaluate, score_checkpoints
 from lad_nb.experiment import assemble_distiller, open_run, rerun, resolve, run
 from lad_nb.mappings import make_mapping, mapping_to_dict
 from lad_nb.recipes import Recipe, recipe_from_dict
+from lad_nb.results import read_results
 from lad_nb.runs import run_description
 from lad_nb.similarity import teacher_agreement
 from lad_nb.sources import rows_hash
 from lad_nb.stepper import Stepper
+from lad_nb.study import missing, run_job, run_study
 from lad_nb.toy import toy_examples
 
 pytestmark = pytest.mark.faults
@@ -164,6 +168,46 @@ def test_zipped_and_unpacked_elsewhere(home, tmp_path):
     with zipfile.ZipFile(tmp_path/'gift.zip') as z: z.extractall(tmp_path/'a'/'b')
     folder = tmp_path/'a'/'b'/'student_bert_rte'
     assert open_run(folder)[0].teacher is not None and same(rerun(folder, progress=False), folder)
+
+
+def with_encoder(place): return replace(study(place/'encoder', 6), seeds=(42,))
+
+
+@pytest.fixture(scope='module')
+def stopped(tiny, tmp_path_factory):
+    """Encoder, experiments and results in one folder: a teacher, its cache, one run of two."""
+    home = tmp_path_factory.mktemp('stopped')
+    shutil.copytree(tiny, home/'encoder')
+    def stop(line):
+        if line.startswith('[1/2]'): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        run_study(with_encoder(home), home/'runs', home/'results', say=stop)
+    return home
+
+
+def test_a_study_that_moves_in_the_middle(stopped, tmp_path):
+    """Nothing is done again: not the teacher, not the cache, not the run; what it wrote names no folder."""
+    def written(place):
+        return {p.relative_to(place): p.stat().st_mtime_ns for p in place.rglob('*.safetensors')}
+    before, there = written(stopped), with_encoder
+    assert any('teacher_cache' in path.parts for path in before)
+    assert str(stopped.parent) not in (stopped/'results'/'runs.jsonl').read_text()
+    home = shutil.copytree(stopped, tmp_path/'home') # with its times, as `unzip` does
+    moved = Path(shutil.move(home, tmp_path/'elsewhere'/'study'))
+    assert [job['method'] for job in missing(there(moved), moved/'results')] == ['KD']
+    assert len(run_study(there(moved), moved/'runs', moved/'results', say=print)) == 2
+    assert before.items() < written(moved).items() and len(read_results(moved/'results')) == 3
+
+
+def test_another_encoder_at_the_place_of_a_studys(stopped, tmp_path):
+    """A folder counts by its last name, so what is in it is compared."""
+    home, there = shutil.copytree(stopped, tmp_path/'home'), with_encoder
+    other_weights(home/'encoder')
+    before = (home/'results'/'runs.jsonl').read_bytes()
+    refused('The encoder .* is not the one of the results in',
+            lambda: run_study(there(home), home/'runs', home/'results', say=print),
+            lambda: run_job(there(home), 1, home/'runs', home/'results', say=print))
+    assert (home/'results'/'runs.jsonl').read_bytes() == before
 
 
 def test_a_run_that_is_copied_alone(home, tmp_path):

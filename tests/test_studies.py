@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,13 +17,14 @@ import pytest
 from datasets import Dataset
 from two_processes import study
 
+from lad_nb import leases
 from lad_nb.durable import append_line, lock_folder
 from lad_nb.evaluation import score
 from lad_nb.results import (answers_of, append_result, check_comparable, kept_answers, labels_of,
                             read_results, run_key, scores_again)
 from lad_nb.section5 import section5, verdicts
 from lad_nb.study import (at_the_edge, chosen_lrs, chosen_tries, collect, collect_answers, collect_teachers,
-                          cost, jobs, missing, run_study, tuning_table)
+                          cost, jobs, missing, run_job, run_study, tuning_table)
 from lad_nb.unseen import unseen_rows
 
 pytestmark = pytest.mark.faults
@@ -189,19 +191,146 @@ def test_a_run_that_another_holds(others, ended):
     assert trained != ended, 'trained twice, or not at all'
 
 
-def test_a_teacher_that_another_trains(finished, tiny, tmp_path):
-    """It is waited for; the study does not fail."""
-    hands, held, said = ThreadPoolExecutor(1), lock_folder(tmp_path / 'teacher_bert_toy'), []
-    hands.submit(held.__enter__).result()
+def test_a_job_by_number_says_whom_it_waits_for(others):
+    """Of a job array, which does one run: that of another process."""
+    small, folder, let_go, line = others
+    said, number = [], 1 + [(j['method'], j['seed']) for j in jobs(small, folder)].index(('LAD', 42))
 
     def say(text):
         said.append(text)
         if 'waiting' in text:
-            hands.submit(held.__exit__, None, None, None).result()
+            append_result(folder, line)
+            let_go()
 
-    run_study(study(tiny, 10), tmp_path, tmp_path, say=say)
-    assert 'teacher on toy: another process has' in said[0]
-    assert scores(tmp_path) == scores(finished)
+    assert run_job(small, number, folder, folder, say=say) == line
+    assert said[1].startswith(f'[{number}] another process has') and 'two_LAD_42_bert_toy' in said[1]
+
+
+@pytest.fixture
+def hold():
+    """Lock a folder in another thread, as another process does; what it gives back unlocks it."""
+    hands = ThreadPoolExecutor(1)
+
+    def hold(folder):
+        held = lock_folder(folder)
+        hands.submit(held.__enter__).result()
+        return lambda: hands.submit(held.__exit__, None, None, None).result()
+
+    yield hold
+    hands.shutdown()
+
+
+def two_teachers(model, **change):
+    """Two runs of KD, each with its own teacher."""
+    small = study(model, 6)
+    first = small.teachers['toy']
+    return replace(small, methods=dict(KD=dict(method='kd')), **dict(teachers=dict(toy=[
+        first.replace(experiment=f'teacher{n}', seed=n) for n in (1, 2)])) | change)
+
+
+@pytest.mark.parametrize('elsewhere', [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_teacher_that_another_trains_holds_up_no_other(tiny, tmp_path, hold, elsewhere):
+    """The second is trained while the first is held; then that is waited for, and this is said."""
+    let_go, said = hold(tmp_path / 'teacher1_bert_toy'), []
+
+    def say(text):
+        said.append(text)
+        if 'waiting' not in text:
+            return
+        try:
+            assert (tmp_path / 'teacher2_bert_toy' / 'model.safetensors').exists()
+        finally:
+            let_go()
+
+    with ThreadPoolExecutor(1) as pool:
+        executor = pool if elsewhere else None
+        assert len(run_study(two_teachers(tiny), tmp_path, tmp_path, say=say, executor=executor)) == 2
+    waited = [text for text in said if 'waiting' in text]
+    assert len(waited) == 1 and waited[0].startswith('teacher on toy: another process has')
+    assert 'teacher1_bert_toy' in waited[0]
+
+
+@pytest.mark.parametrize('elsewhere', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_of_the_runs_that_are_waited_for_the_first_that_is_free_is_done(tiny, tmp_path, hold, elsewhere):
+    """Two are held: the later one is let go first, and is done while the other is still held."""
+    small, said, done = replace(study(tiny, 6), seeds=(42,)), [], threading.Event()
+    first, later = (hold(tmp_path / f'two_{method}_42_bert_toy') for method in ('LAD', 'KD'))
+    late = threading.Timer(60, first)
+
+    def say(text):
+        said.append(text)
+        if 'waiting' in text:
+            late.start()
+            later()
+        if 'toy KD seed 42' in text and not done.is_set() and late.is_alive():
+            late.cancel()
+            done.set()
+            first()
+
+    with ThreadPoolExecutor(1) as pool:
+        executor = pool if elsewhere else None
+        assert len(run_study(small, tmp_path, tmp_path, say=say, executor=executor)) == 2
+    assert done.is_set(), f'the free one waited for the held one: {said}'
+
+
+def test_what_another_process_did_is_said_to_be_its(finished, tiny, tmp_path):
+    """A run that another study finishes while this one goes on: its line counts, and is told apart."""
+    theirs = next(l for l in read_results(finished) if (l['method'], l['seed']) == ('KD', 42))
+    said = []
+
+    def say(text):
+        said.append(text)
+        if text.startswith('[1/2]'):
+            append_result(tmp_path, theirs)
+
+    run_study(replace(study(tiny, 10), seeds=(42,)), tmp_path, tmp_path, say=say)
+    last = [text for text in said if text.startswith('[2/2]')]
+    assert last[0].endswith('by another process; 0 left') and theirs['method'] in last[0]
+    assert sum('by another process' in text for text in said) == 1
+    assert theirs in read_results(tmp_path)
+
+
+def another_machine(folder, *does):
+    """A process that sees no lock of ours, nor we its; by name it is another machine."""
+    program = Path(__file__).with_name('another_machine.py')
+    return subprocess.Popen([sys.executable, program, folder, *map(str, does)], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize('ends', [pytest.param('well', marks=pytest.mark.slow), 'killed'])
+def test_a_run_that_another_machine_has_on_a_file_system_without_locks(tiny, tmp_path, monkeypatch, ends):
+    """Left, then waited for; a machine that dies is given up after a while."""
+    monkeypatch.setattr(leases, 'LEASE', 2.)
+    small, said = replace(study(tiny, 6), seeds=(42,)), []
+    folder = tmp_path / 'two_LAD_42_bert_toy'
+    other = another_machine(folder)
+    assert other.stdout.readline() == 'has it\n'
+
+    def say(text):
+        said.append(text)
+        if 'waiting' not in text:
+            return
+        assert not (folder / 'model.safetensors').exists() and other.poll() is None
+        if ends == 'killed':
+            other.kill()
+        other.communicate('\n')
+
+    assert len(run_study(small, tmp_path, tmp_path, say=say)) == 2
+    assert any('another process has 1 of the runs' in text for text in said)
+    assert (folder / 'model.safetensors').exists() and not list(tmp_path.glob('.*.held'))
+
+
+@pytest.mark.slow
+def test_two_machines_do_one_study_on_a_file_system_without_locks(tiny, tmp_path):
+    """Both end well, every run has one line, and each did some."""
+    whole = run_study(study(tiny, 60), tmp_path / 'whole', tmp_path / 'whole', say=silent)
+    both = [another_machine(tmp_path, tiny, name, 60) for name in ('node1', 'node2')]
+    said = [machine.communicate()[0] for machine in both]
+    assert [machine.returncode for machine in both] == [0, 0], said
+    assert table(tmp_path) == scores(tmp_path / 'whole') and len(whole) == 4
+    mine = [[line for line in text.splitlines() if line[0] == '[' and 'by another' not in line]
+            for text in said]
+    assert all(mine) and sum(map(len, mine)) == 4, said
 
 
 def test_a_line_is_written_once(finished, tmp_path):

@@ -3,19 +3,22 @@ import json
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from conftest import same_bytes
+from two_processes import study
 
 from lad_nb.analysis import gate_openness, gate_shares, layer_map, shares_by_step
 from lad_nb.experiment import open_run, rerun, run
 from lad_nb.gates import GateBlock, gate_kinds
 from lad_nb.mappings import Mapping, Pair, Source, methods
 from lad_nb.movement import gate_movement
+from lad_nb.results import append_result, read_results
 from lad_nb.runs import class_told, end_of
 from lad_nb.stepper import Stepper
+from lad_nb.study import collect, jobs, run_job, run_study
 
 SCALE, Ts = 2., 7
 
@@ -200,6 +203,27 @@ def test_a_run_that_does_not_say_what_ran_is_not_spoken_of(root, left, monkeypat
     if 'classes' not in left or left['classes'] == 3: monkeypatch.setitem(gate_kinds, 'warm', hotter())
     else: monkeypatch.setitem(gate_kinds, 'warm', GateBlock)
     silently(open_run, edited(warm(root), forget))
+
+
+def test_a_study_does_not_go_on_with_an_edited_gate(tiny, tmp_path, monkeypatch):
+    """One run of two is done when the gate is edited. A table of both, made by hand, is refused as well."""
+    asked = replace(study(tiny, 6), methods=dict(LAD=dict(method='lad', gate='warm')))
+    def stop(text):
+        if text.startswith('[1/2]'): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): run_study(asked, tmp_path, tmp_path, say=stop)
+    line = read_results(tmp_path)[-1]
+    monkeypatch.setitem(gate_kinds, 'warm', other := hotter())
+    was, now = (class_told(gate)['sha256'] for gate in (Warm, other))
+    assert line['classes'] == {'gate warm': was}
+    words = f'LAD on toy cannot go on with other code: gate warm was sha256 {was}, here it is {now}'
+    for deed in (lambda: run_study(asked, tmp_path, tmp_path), lambda: run_job(asked, 2, tmp_path, tmp_path)):
+        with pytest.raises(ValueError, match=words): deed()
+    assert len(read_results(tmp_path)) == 2 and not (tmp_path/'two_LAD_43_bert_toy').exists()
+    assert run_job(asked, 1, tmp_path, tmp_path) == line, 'what is done may be read'
+    append_result(tmp_path, jobs(asked, tmp_path)[1] | {k: v for k, v in line.items() if k not in (
+        'seed', 'recipe')} | dict(classes={'gate warm': now}))
+    with pytest.raises(ValueError, match=f'code of gates and sources differs .*{was}.*{now}'):
+        collect(asked, tmp_path)
 
 
 STOPPED = 'half_bert_toy did not finish; its last checkpoint, update 4 of 6, is taken'
