@@ -16,6 +16,7 @@ from pathlib import Path
 import lad_nb
 from .values import NAMES, shown
 from .settings import kind_of
+from .interrupts import Interrupted, by_signal
 from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
 
 # %% ../nbs/78_cli.ipynb #4d92ef78
@@ -625,22 +626,28 @@ def _load_libraries():
 # %% ../nbs/78_cli.ipynb #9c00c9a9
 def main(
     argv: list | None=None, # the command line's by default
-    ready=lambda: None,     # called when the line is read and the libraries are there
+    ready=lambda words: None, # called before it begins, with how it could go on after an interrupt
 ) -> int:                   # exit code: 0, 2 for a mistake, 130 for Ctrl-C
     "The console command `lad-nb`"
     _speak_briefly()
-    args = None
+    again = ''
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         _load_libraries()
-        ready()
+        again = _again(args)
+        ready(again)
         args.run(args)
     except (ValueError, OSError, FloatingPointError) as e:
-        if os.environ.get('LAD_NB_TRACEBACK'): raise
+        if os.environ.get('LAD_NB_TRACEBACK') or by_signal(e): raise
         return _complain('lad-nb', e)
     except SystemExit as e: return e.code or 0
+    except Interrupted: raise
     except KeyboardInterrupt:
-        again = '; the same command with --resume goes on from the last checkpoint'*hasattr(args, 'resume')
         print(f'\nlad-nb: interrupted{again}', file=sys.stderr)
         return 130
     return 0
+
+def _again(args):
+    "How an interrupted command goes on"
+    if args.command == 'study': return '; the same command goes on where it was'
+    return '; the same command with --resume goes on from the last checkpoint'*hasattr(args, 'resume')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKSUMS', 'LOCK', 'write_aside', 'write_text', 'read_json', 'append_line', 'clear_place', 'new_folder', 'file_hash',
            'write_checksums', 'find_damage', 'commit_folder', 'remove_folder', 'check_damage', 'reading_weights',
-           'load_weights', 'lock_file', 'FolderInUse', 'lock_folder', 'end_with_parent', 'check_links']
+           'load_weights', 'lock_file', 'FolderInUse', 'lock_folder', 'end_with_parent', 'held_back', 'check_links']
 
 # %% ../nbs/00_durable.ipynb #52820e86
 import contextlib, ctypes, errno, hashlib, json, multiprocessing, os, shutil, signal, sys, threading, time
@@ -289,6 +289,15 @@ def end_with_parent():
     if sys.platform == 'linux': # PR_SET_PDEATHSIG: not even a busy process misses it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+# %% ../nbs/00_durable.ipynb #7a3c4d49
+@contextlib.contextmanager
+def held_back():
+    "Processes that are started meanwhile see neither Ctrl-C nor a terminal's end; SIGTERM ends them"
+    if not hasattr(signal, 'pthread_sigmask'): yield; return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../nbs/00_durable.ipynb #67cbc451
 def _everything(folder):

@@ -14,7 +14,7 @@ from multiprocessing import active_children, get_context
 
 import torch
 
-from .durable import end_with_parent
+from .durable import end_with_parent, held_back
 
 # %% ../nbs/04_executors.ipynb #ba66f118
 @contextmanager
@@ -63,8 +63,9 @@ def run_in_processes(
     others = set(active_children())
     with (_omp_threads(threads),
           ProcessPoolExecutor(processes, get_context('spawn'), end_with_parent) as pool):
-        waiting = {pool.submit(_with_threads, threads, one, job): job for job in jobs}
         try:
+            with held_back(): # submit starts the processes
+                waiting = {pool.submit(_with_threads, threads, one, job): job for job in jobs}
             for future in as_completed(waiting): yield waiting[future], future.result
         except BaseException:
             for process in set(active_children()) - others: process.terminate()
