@@ -2,10 +2,12 @@
 what is meant is taken."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,17 +18,18 @@ from conftest import ROOT, names_in, program
 
 from lad_nb.benchmark import benchmark
 from lad_nb.cli import main, parse, recipe_of
-from lad_nb.data import read_tsv
+from lad_nb.data import load_task, read_tsv
 from lad_nb.encoders import load_encoder
 from lad_nb.experiment import open_run, rerun, run
-from lad_nb.models import SMALL
+from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.panel import Panel
 from lad_nb.settings import kind_of
 from lad_nb.recipes import Recipe, recipe_from_dict
-from lad_nb.runs import find_checkpoint
+from lad_nb.runs import experiment_folder, find_checkpoint
 from lad_nb.sources import training_bytes
 from lad_nb.stepper import Stepper
 from lad_nb.students import make_student
+from lad_nb.tasks import open_task
 from lad_nb.values import Range, shown
 
 pytestmark = pytest.mark.faults
@@ -133,6 +136,77 @@ def test_a_step_that_is_text(quick, tmp_path):
     for find in (find_checkpoint, open_run):
         with pytest.raises(ValueError, match="step of a checkpoint is '2'; a whole number"): find(folder, '2')
     assert find_checkpoint(folder, np.int64(2)).name == 'checkpoint-2'
+
+
+ENORMOUS = '9'*20
+WITHOUT_SENSE = ['d_ff', 'type_vocab_size', 'max_seq_len', 'total_step', 'd_model', 'num_attention_heads', 'epoch',
+                 'num_hidden_layers', 'train_size', 'tckpt', 'keep_ckpt', 'ckpt_step', 'seed', 'device_id']
+OF_A_RUN = ['run_fine_tune_eval --batch_size', 'run_fine_tune_eval --device_id', 'eval_dev_loss --tckpt',
+            'eval_dev_loss --softmax_temp', 'eval_dev_loss --log_step', 'generate_test_prediction --ckpt']
+
+
+@pytest.mark.parametrize('flag', [*(f'run_lad_distil --{name}' for name in WITHOUT_SENSE), *OF_A_RUN])
+def test_twenty_nines(tmp_path, capsys, flag):
+    command, name = flag.split()
+    code = main([command, '--experiment', 'x', '--task', 'toy', '--root', str(tmp_path), name, ENORMOUS])
+    err = capsys.readouterr().err
+    assert code == 2 and len(err.strip().splitlines()) == 1 and 'expected' in err, err
+    assert f'{name[2:]} is {ENORMOUS}' in err or f'{name[2:]} is 1e+20' in err, err
+    assert not names_in(tmp_path)
+
+
+NO_PLACE = [123, ['a'], b'a', 1.5, True, {}, '', ' ', 'a\0b']
+PLACED = dict(data_dir=lambda v: load_task('rte', data_dir=v), model=load_encoder, tokenizer=load_tokenizer,
+              root=lambda v: run(Recipe(), v), folder=open_run, again=rerun, task=open_task,
+              checkpoint=find_checkpoint)
+
+
+@pytest.mark.parametrize('what', PLACED)
+def test_what_is_no_place(what):
+    """A folder that is a number, or a list: our words."""
+    for value in NO_PLACE:
+        with pytest.raises(ValueError, match='expected') as e: PLACED[what](value)
+        assert 'PathLike' not in str(e.value) and shown(repr(value))[:60] in str(e.value)
+
+
+def test_home(quick, tiny, tmp_path, monkeypatch, capsys):
+    """~ is one's own folder wherever a place is named: no folder of that name is made."""
+    monkeypatch.setenv('HOME', str(tmp_path/'home'))
+    monkeypatch.chdir(tmp_path)
+    for name in ('model', 'data'): shutil.copytree(tiny, tmp_path/'home'/name)
+    recipe = quick.replace(teacher='~/model', ptrain_ver='~/model')
+    assert recipe.teacher == str(tmp_path/'home'/'model')
+    folder = run(recipe, '~/runs', progress=False)
+    assert folder == tmp_path/'home'/'runs'/'quick_bert_toy' and open_run('~/runs/quick_bert_toy')
+    assert main(['rerun', '~/runs/quick_bert_toy']) == 0
+    assert main('run_fine_tune_eval --experiment quick --task toy --root=~/runs --device_id -1'.split()) == 0
+    capsys.readouterr()
+    code = main('run_fine_tune_eval --experiment quick --task toy --root=~/runs --data_dir=~/data'.split())
+    assert code == 2 and f"no file {tmp_path/'home'/'data'/'dev.tsv'}" in capsys.readouterr().err
+    assert names_in(tmp_path/'home'/'runs')[0].startswith('quick_bert_toy')
+    assert [p.name for p in tmp_path.iterdir()] == ['home']
+
+
+def test_names_that_mean_something_here(quick, tmp_path):
+    """teacher_cache is a name like others; checkpoint-1 would be taken for a checkpoint."""
+    recipe = quick.replace(experiment='teacher_cache', norm='token', teacher_cache=True)
+    folder = run(recipe, tmp_path, progress=False)
+    assert open_run(folder) and open_run(folder, 4) and run(recipe, tmp_path, resume=True, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['teacher_cache', 'teacher_cache_bert_toy']
+    for name in ('checkpoint-1', 'checkpoint-x'):
+        with pytest.raises(ValueError, match=f"named '{name}', and checkpoint-N is what"):
+            run(quick.replace(experiment=name), tmp_path/'none', progress=False)
+    assert not (tmp_path/'none').exists()
+
+
+@pytest.mark.parametrize('name', ['cafe\u0301', 'A\u030angstrom', '\u212bngstrom', '\u1112\u1161\u11ab'])
+def test_names_in_another_unicode_form(quick, tmp_path, name):
+    """Two folders that look alike would be two runs, or on some systems one: one spelling is taken."""
+    typed = unicodedata.normalize('NFC', name)
+    assert typed != name and experiment_folder(typed, 'toy').name == f'{typed}_bert_toy'
+    with pytest.raises(ValueError, match='which looks like .* and is spelled otherwise') as e:
+        run(quick.replace(experiment=name), tmp_path, progress=False)
+    assert typed in str(e.value) and name not in str(e.value) and not names_in(tmp_path)
 
 
 TYPED = [('--lr ٣', "'٣' is not a number"), ('--lr 1_0', "'1_0' is not a number"),
