@@ -3,6 +3,8 @@
 python signalled.py FOLDER MODEL UPDATES SIGNALS SEED: works in FOLDER, with the tiny model in MODEL; prints
 JSON. Processes are forked, so that a start costs no imports.
 """
+import atexit
+import gc
 import json
 import os
 import random
@@ -45,7 +47,8 @@ def attempt(folder, words, after=None, signals=(), moment=None):
         log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        if moment: strike(moment, signals)
+        if moment == LAST: atexit.register(lambda: [os.kill(os.getpid(), s) for s in signals])
+        elif moment: strike(moment, signals)
         sys.argv[1:] = words
         sys.exit(lad_nb_main())
     if after is not None:
@@ -56,11 +59,12 @@ def attempt(folder, words, after=None, signals=(), moment=None):
     return status, said.read_text(), time.monotonic() - started
 
 
-MOMENTS = ['time', 'time', 'recipe.json', 'checkpoint-', '.writing', '.final', 'README.md']
+MOMENTS = ['recipe.json', 'checkpoint-5', 'time', '.writing', '.final', 'README.md']
+LAST = 'as Python ends'
 
 
 def wrong(status, said, signals):
-    """What is wrong with how a command ended; None if nothing is."""
+    """What is wrong with how a command ended; None if nothing is. Signals come too late for one that is done."""
     if 'Traceback' in said or 'Exception ignored' in said: return 'a traceback'
     lines = [line for line in said.splitlines() if line.startswith('lad-nb: ')]
     if status == 0: return 'a line, and exit 0' if lines else None
@@ -68,33 +72,51 @@ def wrong(status, said, signals):
     if len(lines) != 1 or '--resume' not in lines[0]: return f'lines: {lines}'
 
 
-def main(folder, model, updates, wanted, seed):
-    folder, rng = Path(folder), random.Random(seed)
-    status, said, lasted = attempt(folder, argv(folder, 'whole', model, updates, False))
-    assert status == 0, said
-    lasted = attempt(folder, argv(folder, "warm", model, updates, False))[2]
-    sent, problems, rounds, told = 0, [], 0, {}
-    while sent < wanted:
-        name, rounds, status, words = f'r{rounds}', rounds + 1, None, ()
+class Trials:
+    """Commands, each sent signals, until so many have ended by them."""
+    def __init__(self, folder, model, updates, wanted, seed):
+        self.folder, self.work, self.wanted, self.rng = folder, (model, updates), wanted, random.Random(seed)
+        self.ended, self.problems, self.rounds, self.three = [], [], 0, 0
+        status, said, took = self.attempt('whole')
+        assert status == 0, said
+        self.lasted = took/2 # the first one takes longer than the others will
+
+    def attempt(self, name, *how, resume=False):
+        return attempt(self.folder, argv(self.folder, name, *self.work, resume), *how)
+
+    def signals(self):
+        """One; of three, three in a row."""
+        return [self.rng.choice(ENDS) for _ in range(1 if self.rng.random() < .7 else 3)]
+
+    def round(self):
+        """One run, started until it is done, compared with the one that nothing happened to."""
+        name, self.rounds, status, moments = f'r{self.rounds}', self.rounds + 1, None, list(MOMENTS)
         while status != 0:
-            moment = rng.choice(MOMENTS) if sent < wanted else None
-            signals = [rng.choice(ENDS)] if rng.random() < .7 else [rng.choice(ENDS) for _ in range(3)]
-            words = argv(folder, name, model, updates, True)
-            if moment is None: status, said, took = attempt(folder, words)
-            elif moment == 'time':
-                status, said, took = attempt(folder, words, rng.uniform(0, 1.1*lasted), signals)
-            else: status, said, took = attempt(folder, words, None, signals, moment)
-            if moment: sent += 1
-            what = wrong(status, said, signals)
-            key = f"{moment} {'+'.join(signal.Signals(s).name for s in signals)} -> {status}"
-            told[key] = told.get(key, 0) + 1
-            if what: problems.append(f'{name}: {key}: {what}: {said[-1500:]}')
-            if len(problems) > 30: break
-        if len(problems) > 30: break
+            moment = moments.pop(0) if moments and len(self.ended) < self.wanted else LAST
+            signals = self.signals()
+            after = self.rng.uniform(0, .8*self.lasted) if moment == 'time' else None
+            by_itself = moment if moment != 'time' else None
+            status, said, _ = self.attempt(name, after, signals, by_itself, resume=True)
+            if status != 0: self.ended.append(f'{moment} {signal.Signals(status - 128).name}'
+                                              if 128 < status < 160 else f'{moment} {status}')
+            if status != 0: self.three += len(signals) == 3
+            if what := wrong(status, said, signals):
+                self.problems.append(f'{name}: {moment}, {signals}: {what}: {said[-1500:]}')
+            if len(self.problems) > 9 or status not in (0, 129, 130, 143): break
+        found, whole = (self.folder/f'{n}_bert_toy' for n in (name, 'whole'))
         for f in FILES:
-            a, b = (folder/f'{n}_bert_toy'/f for n in (name, 'whole'))
-            if not a.is_file() or a.read_bytes() != b.read_bytes(): problems.append(f'{name}: {f} differs')
-    print(json.dumps(dict(signals=sent, rounds=rounds, told=told, problems=problems, seconds=round(lasted, 1))))
+            if not (found/f).is_file() or (found/f).read_bytes() != (whole/f).read_bytes():
+                self.problems.append(f'{name}: {f} differs after {self.ended}')
+
+
+def main(folder, model, updates, wanted, seed):
+    gc.collect()
+    gc.freeze()
+    trials = Trials(Path(folder), model, updates, wanted, seed)
+    while len(trials.ended) < wanted and not trials.problems: trials.round()
+    moments = {m: trials.ended.count(m) for m in sorted(set(trials.ended))}
+    print(json.dumps(dict(ended=len(trials.ended), rounds=trials.rounds, three_in_a_row=trials.three,
+                          moments=moments, problems=trials.problems, seconds=round(trials.lasted, 1))))
 
 
 if __name__ == '__main__': main(*sys.argv[1:3], *map(int, sys.argv[3:6]))

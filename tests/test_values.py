@@ -2,6 +2,7 @@
 what is meant is taken."""
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -102,6 +103,30 @@ def test_sizes_that_cannot_work(quick, tmp_path, change, says):
     before = psutil.Process().memory_info().rss
     with pytest.raises(ValueError, match=says): run(quick.replace(**change), tmp_path, progress=False)
     assert not names_in(tmp_path) and psutil.Process().memory_info().rss < before + 2**28
+
+
+DISTIL = dict(model_type='distilbert', dim=16, n_heads=2, hidden_dim=32)
+BEYOND = [(dict(num_hidden_layers=10**9), 'num_hidden_layers 1000000000'),
+          (dict(hidden_size=10**7), 'hidden_size 10000000'),
+          (DISTIL | dict(n_layers=10**9), 'n_layers 1000000000'),
+          (DISTIL | dict(n_layers=1001), 'n_layers is 1,001; a number from 1 up to 1,000'),
+          (dict(num_hidden_layers=1001), 'num_hidden_layers is 1,001; a number from 1 up to 1,000'),
+          (dict(model_type='albert', num_hidden_layers=10**6), 'num_hidden_layers'),
+          (dict(num_labels=10**7), 'num_labels is 10,000,000; a number from 1 up to 100,000')]
+
+
+@pytest.mark.parametrize('said, says', BEYOND, ids=[str(s)[:50] for s, _ in BEYOND])
+def test_a_model_that_nobody_has(quick, tiny, tmp_path, said, says):
+    """config.json is asked whether it makes sense before anything is built from it."""
+    model = Path(shutil.copytree(tiny, tmp_path/'model'))
+    config = json.loads((model/'config.json').read_text())
+    (model/'config.json').write_text(json.dumps(config | said))
+    before, began = psutil.Process().memory_info().rss, time.process_time()
+    for way in (load_encoder, lambda m: run(quick.replace(ptrain_ver=str(m)), tmp_path/'runs', progress=False)):
+        with pytest.raises(ValueError, match=says) as e: way(model)
+        if 'from 1 up' not in says: assert 'which take' in str(e.value) and 'bytes' in str(e.value)
+    assert psutil.Process().memory_info().rss < before + 2**26 and time.process_time() < began + 3
+    assert not (tmp_path/'runs').exists()
 
 
 def test_the_bytes_that_are_named_are_those_of_the_student(tiny, quick):
@@ -285,15 +310,46 @@ def wait_for(what, process, seconds=120):
 
 
 @pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='looks into /proc for what is imported')
-@pytest.mark.parametrize('library', ['libtorch', 'pyarrow'])
-def test_interrupted_while_it_starts(library, tmp_path):
-    """Ctrl-C in the seconds of importing: one line, the shell's exit code, no traceback."""
+@pytest.mark.parametrize('library, sent, says', [
+    ('libtorch', signal.SIGTERM, 'ended by SIGTERM'), ('pyarrow', signal.SIGINT, 'interrupted'),
+    pytest.param('libtorch', signal.SIGHUP, 'ended by SIGHUP', marks=pytest.mark.slow)])
+def test_interrupted_while_it_starts(library, sent, says, tmp_path):
+    """A signal in the seconds of importing: one line, the shell's exit code, no traceback."""
     line = f'-m lad_nb run_lad_distil --experiment x --task toy --root {tmp_path}'
     process = start(line.split())
     wait_for(lambda: library in Path(f'/proc/{process.pid}/maps').read_text(), process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err.strip()) == (130, '', 'lad-nb: interrupted')
+    assert (process.returncode, out, err.strip()) == (128 + sent, '', f'lad-nb: {says}')
+
+
+def at_the_door(process):
+    """Whether a process has said what it does about SIGHUP, the last of the three."""
+    caught = next(x for x in Path(f'/proc/{process.pid}/status').read_text().splitlines() if 'SigCgt' in x)
+    return int(caught.split()[1], 16) >> (signal.SIGHUP - 1) & 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks into /proc for what is caught')
+def test_interrupted_at_any_moment_of_its_start(tmp_path):
+    """From the hundredths of a second on in which Python itself starts, up to a refusal."""
+    seed = int(os.environ.get('LAD_NB_SEED') or random.randrange(10**6))
+    rng, door, codes = random.Random(seed), [], []
+    print(f'LAD_NB_SEED={seed}')
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)*12:
+        began = time.time()
+        process = start(f'-m lad_nb run_lad_distil --experiment x --task toy --root {tmp_path}'.split())
+        wait_for(lambda: at_the_door(process), process)
+        door.append(time.time() - began)
+        time.sleep(rng.random()**3*4)
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode in (128 + sent, 2) and out == '', err
+        assert 'Traceback' not in err and len(err.strip().splitlines()) == 1, err
+        codes.append(process.returncode)
+    print(f'{len(codes) - codes.count(2)} of {len(codes)} ended by a signal; the door was open after '
+          f'{min(door):.3f} to {max(door):.3f} s')
+    assert codes.count(2) < 12 and not names_in(tmp_path)
 
 
 def test_the_console_command_starts_lightly():
