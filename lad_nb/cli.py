@@ -349,7 +349,8 @@ def _add_card(commands):
     what = "write a run's README.md anew: dev scores of student and teacher, sizes, and what its gates took"
     parser = _add_command(commands, 'card', what, _card)
     parser.add_argument('folder', type=a_place, help='a finished run folder')
-    parser.add_argument('--data_dir', type=a_place, help="folder of the task's TSV files; the run's by default")
+    parser.add_argument('--data_dir', type=a_place,
+                        help="folder of the task's TSV files; the run's by default")
     parser.add_argument('--speed', action='store_true', help='say how long a sentence takes, too')
     parser.add_argument('--batch_size', type=whole_number, default=256, help='rows at a time (default 256)')
     parser.add_argument('--device_id', type=whole_number, help='-1 is the CPU, else a CUDA index')
@@ -489,7 +490,8 @@ def _add_study(commands):
                         help='tuning or the grid; both by default, with --list and --job the grid')
     parser.add_argument('--processes', type=whole_number, default=1, help='runs at a time (default 1)')
     parser.add_argument('--threads', type=whole_number, help='of each; the cores shared out by default')
-    parser.add_argument('--results', type=a_place, default='results', help='the folder of the results (default results)')
+    parser.add_argument('--results', type=a_place, default='results',
+                        help='the folder of the results (default results)')
     _add_root(parser)
 
 # %% ../nbs/78_cli.ipynb #fd4ac8f5

@@ -59,7 +59,8 @@ def _header(path, task, labelled, lines):
     if not header: header = tuple(next(lines)[1].split('\t'))
     if missing := [c for c in wanted if c not in header]:
         raise ValueError(f"{path}, line 1: no column {', '.join(map(repr, missing))}; "
-                         f"{_columns_said(path, header)}. The task {task.name} needs {', '.join(map(repr, wanted))}.")
+                         f"{_columns_said(path, header)}. "
+                         f"The task {task.name} needs {', '.join(map(repr, wanted))}.")
     if doubled := [c for c in wanted if header.count(c) > 1]:
         raise ValueError(f"{path}, line 1: column {doubled[0]!r} is there twice.")
     return header

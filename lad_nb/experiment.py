@@ -313,7 +313,8 @@ def resolve(
     encoder = _encoder(recipe, teacher, allow_hub, search)
     recipe = with_families(recipe, teacher, encoder)
     scored = {} if rows is None else rows_to_score_on(recipe, eval_rows, search, fetch)
-    plan = _settle(recipe, place(root, 'root'), rows, teacher, encoder, said, given, tuple(search.missing), scored)
+    plan = _settle(recipe, place(root, 'root'), rows, teacher, encoder, said, given, tuple(search.missing),
+                   scored)
     check_sources(said, plan.sources, like)
     check_later_settings(said, recipe, like)
     if rows is not None: check_scored(said, plan, like)

@@ -29,7 +29,8 @@ class _Data(Settings):
     method: str = setting('lad', 'what each student layer learns from')
     model: str = setting('bert', 'kind of model, found from the encoder')
     ptrain_ver: str | None = setting(None,
-        "pretrained encoder: a folder, a hub id, or all-minilm-l6-v2; the teacher's own by default", place=True)
+        "pretrained encoder: a folder, a hub id, or all-minilm-l6-v2; the teacher's own by default",
+        place=True)
     data_dir: str | None = setting(None, 'folder that holds train.tsv, dev.tsv, test.tsv', place=True)
     dataset: str = setting('train', 'split to train on')
     train_size: int | None = setting(None, 'train on so many rows only, drawn with sample_seed', COUNT)

@@ -268,6 +268,8 @@ def task_from_dict(
     return task
 
 # %% ../nbs/10_tasks.ipynb #ad5430e3
+_not_quoted = 'the file is a link that leads out of its folder, and is not quoted.'
+
 def open_task(
     folder: str | Path, # from `write_task`
 ) -> Task:
@@ -277,7 +279,7 @@ def open_task(
         raise FileNotFoundError(f"{folder} has no task.json: it is not a folder that write_task wrote.")
     try: task = task_from_dict(read_json(path))
     except ValueError as e:
-        said = 'the file is a link that leads out of its folder, and is not quoted.' if linked_out(path) else e
+        said = _not_quoted if linked_out(path) else e
         why = f"{path} describes no task of your own: {said} Write it anew with write_task."
         raise ValueError(why) from None
     tasks[task.name] = task

@@ -64,7 +64,7 @@ LAST = 'as Python ends'
 
 
 def wrong(status, said, signals):
-    """What is wrong with how a command ended; None if nothing is. Signals come too late for one that is done."""
+    """What is wrong with how a command ended; None if nothing is. For one that is done they come too late."""
     if 'Traceback' in said or 'Exception ignored' in said: return 'a traceback'
     lines = [line for line in said.splitlines() if line.startswith('lad-nb: ')]
     if status == 0: return 'a line, and exit 0' if lines else None

@@ -122,7 +122,8 @@ def test_a_model_that_nobody_has(quick, tiny, tmp_path, said, says):
     config = json.loads((model/'config.json').read_text())
     (model/'config.json').write_text(json.dumps(config | said))
     before, began = psutil.Process().memory_info().rss, time.process_time()
-    for way in (load_encoder, lambda m: run(quick.replace(ptrain_ver=str(m)), tmp_path/'runs', progress=False)):
+    start = lambda m: run(quick.replace(ptrain_ver=str(m)), tmp_path/'runs', progress=False)
+    for way in (load_encoder, start):
         with pytest.raises(ValueError, match=says) as e: way(model)
         if 'from 1 up' not in says: assert 'which take' in str(e.value) and 'bytes' in str(e.value)
     assert psutil.Process().memory_info().rss < before + 2**26 and time.process_time() < began + 3
@@ -164,8 +165,9 @@ def test_a_step_that_is_text(quick, tmp_path):
 
 
 ENORMOUS = '9'*20
-WITHOUT_SENSE = ['d_ff', 'type_vocab_size', 'max_seq_len', 'total_step', 'd_model', 'num_attention_heads', 'epoch',
-                 'num_hidden_layers', 'train_size', 'tckpt', 'keep_ckpt', 'ckpt_step', 'seed', 'device_id']
+WITHOUT_SENSE = ['d_ff', 'type_vocab_size', 'max_seq_len', 'total_step', 'd_model', 'num_attention_heads',
+                 'num_hidden_layers', 'train_size', 'tckpt', 'keep_ckpt', 'ckpt_step', 'seed', 'device_id',
+                 'epoch']
 OF_A_RUN = ['run_fine_tune_eval --batch_size', 'run_fine_tune_eval --device_id', 'eval_dev_loss --tckpt',
             'eval_dev_loss --softmax_temp', 'eval_dev_loss --log_step', 'generate_test_prediction --ckpt']
 
