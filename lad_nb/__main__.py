@@ -6,27 +6,24 @@
 __all__ = ['main']
 
 # %% ../nbs/79_main.ipynb #1dc5552a
-import os, signal, sys
+import sys
 
-# %% ../nbs/79_main.ipynb #478e2dde
-def _leave(*_):
-    "End at once: nothing has begun, so there is nothing to tidy up"
-    os.write(2, b'\nlad-nb: interrupted\n')
-    os._exit(130)
+from .interrupts import OneEnd
 
 # %% ../nbs/79_main.ipynb #50ccba05
 def main(
     argv: list | None=None, # the command line's by default
 ) -> int:                   # exit code
     "The console command `lad-nb`; also `python -m lad_nb`"
-    before = signal.getsignal(signal.SIGINT)
-    def ready(): signal.signal(signal.SIGINT, before)
-    if before != signal.SIG_IGN: signal.signal(signal.SIGINT, _leave)
-    from lad_nb.cli import main as run
-    try: code = run(argv, ready)
-    finally: ready()
-    if code == 130: signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return code
+    ends = OneEnd()
+    ends.watch()
+    try:
+        from lad_nb.cli import main as run
+        code = run(argv, ends.begin)
+        ends.over(last=argv is None)
+    except BaseException:
+        if ends.code is None: raise
+    return ends.code or code
 
 # %% ../nbs/79_main.ipynb #d19a8600
 if __name__ == '__main__' and globals().get('__package__'): sys.exit(main()) # python -m lad_nb, no notebook

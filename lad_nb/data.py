@@ -19,10 +19,10 @@ from datasets.fingerprint import Hasher
 from huggingface_hub import snapshot_download
 from transformers import DataCollatorWithPadding
 
-from .durable import file_hash, lock_file, write_aside
+from .durable import file_hash, linked_out, lock_file, write_aside
 from .tasks import GLUE, NO_LABEL, Task, features, get_task, read_label, splits
 from .toy import toy_split
-from .values import shown
+from .values import place, shown
 
 # %% ../nbs/12_data.ipynb #5b628034
 _no_text = {'\0': 'a NUL character', '\r': 'a carriage return inside the line'}
@@ -59,11 +59,16 @@ def _header(path, task, labelled, lines):
     if not header: header = tuple(next(lines)[1].split('\t'))
     if missing := [c for c in wanted if c not in header]:
         raise ValueError(f"{path}, line 1: no column {', '.join(map(repr, missing))}; "
-                         f"the columns are {', '.join(map(repr, header))}. "
+                         f"{_columns_said(path, header)}. "
                          f"The task {task.name} needs {', '.join(map(repr, wanted))}.")
     if doubled := [c for c in wanted if header.count(c) > 1]:
         raise ValueError(f"{path}, line 1: column {doubled[0]!r} is there twice.")
     return header
+
+def _columns_said(path, header):
+    return _unseen if linked_out(path) else f"the columns are {', '.join(map(repr, header))}"
+
+_unseen = 'what is there is not shown, as the file is a link that leads out of its folder'
 
 # %% ../nbs/12_data.ipynb #857aaf4d
 def _fields(path, lines, header, bad_rows, skipped):
@@ -77,17 +82,26 @@ def _fields(path, lines, header, bad_rows, skipped):
                              f"{shown(', '.join(header))}. Mend the line, or leave such lines out "
                              "with bad_rows='skip' (--bad_rows skip on the command line).")
 
+# %% ../nbs/12_data.ipynb #b3c9c05c
+def _label(task, row, where, hidden):
+    "The label of a row; an error does not quote a file that is hidden"
+    try: return read_label(task, row[task.label_column], where)
+    except ValueError:
+        if not hidden: raise
+        raise ValueError(f"{where}: the label is none of the task {task.name}; {_unseen}.") from None
+
 # %% ../nbs/12_data.ipynb #f48983dd
 def _rows(path, task, labelled, bad_rows, left_out=None):
     "The rows of a file, one after another"
-    task, path = get_task(task), Path(path)
+    task, path = get_task(task), place(path, 'The file')
+    hidden = linked_out(path)
     if bad_rows not in ('raise', 'skip'):
         raise ValueError(f"bad_rows is {bad_rows!r}; it is 'raise' or 'skip'.")
     lines, skipped, idx = _lines(path), [], -1
     header, (texts, _) = _header(path, task, labelled, lines), _wanted(task, labelled)
     for idx, (where, row) in enumerate(_fields(path, lines, header, bad_rows, skipped)):
         out = {f'sentence{i + 1}': row[c] for i, c in enumerate(texts)}
-        if labelled: out['label'] = read_label(task, row[task.label_column], where)
+        if labelled: out['label'] = _label(task, row, where, hidden)
         yield out | {'idx': idx}
     if left_out is not None: left_out += skipped
     if skipped:
@@ -113,10 +127,10 @@ def find_data(
     "The folder with the task's TSV files; a `data_dir` that is given must exist"
     task = get_task(task)
     if data_dir is not None:
-        if not Path(data_dir).is_dir():
-            raise FileNotFoundError(f"There is no folder {data_dir}. "
-                                    "data_dir is the folder that holds train.tsv, dev.tsv and test.tsv.")
-        return Path(data_dir)
+        folder = place(data_dir, 'data_dir')
+        if folder.is_dir(): return folder
+        raise FileNotFoundError(f"There is no folder {folder}. "
+                                "data_dir is the folder that holds train.tsv, dev.tsv and test.tsv.")
     glue = os.environ.get('LAD_NB_GLUE')
     roots = [*([Path(glue)] if glue else []), Path('data/fine_tune'), Path('data/glue')]
     return next((r/task.folder for r in roots if (r/task.folder).is_dir()), None)

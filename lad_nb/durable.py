@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKSUMS', 'LOCK', 'write_aside', 'write_text', 'read_json', 'append_line', 'clear_place', 'new_folder', 'file_hash',
            'write_checksums', 'find_damage', 'commit_folder', 'remove_folder', 'check_damage', 'reading_weights',
-           'load_weights', 'lock_file', 'FolderInUse', 'lock_folder', 'end_with_parent', 'check_links']
+           'load_weights', 'lock_file', 'FolderInUse', 'lock_folder', 'end_with_parent', 'held_back', 'check_links',
+           'linked_out']
 
 # %% ../nbs/00_durable.ipynb #52820e86
 import contextlib, ctypes, errno, hashlib, json, multiprocessing, os, shutil, signal, sys, threading, time
@@ -290,6 +291,15 @@ def end_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
+# %% ../nbs/00_durable.ipynb #7a3c4d49
+@contextlib.contextmanager
+def held_back():
+    "Processes that are started meanwhile see neither Ctrl-C nor a terminal's end; SIGTERM ends them"
+    if not hasattr(signal, 'pthread_sigmask'): yield; return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 # %% ../nbs/00_durable.ipynb #67cbc451
 def _everything(folder):
     "Paths of all files, folders and links in a folder; no link is followed, what can't be listed is an error"
@@ -310,3 +320,11 @@ def check_links(
             raise ValueError(f"{path} is a link that leads out of its folder, to {os.readlink(path)}: "
                              "nothing is read or written through it. Put a copy of the file in its place "
                              "if you trust it.")
+
+# %% ../nbs/00_durable.ipynb #d6bbb2d7
+def linked_out(
+    path: str | Path, # of a file
+) -> bool:
+    "Whether a file is a link that leads out of its folder"
+    path = Path(path)
+    return path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve())

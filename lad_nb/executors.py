@@ -13,8 +13,9 @@ from functools import partial
 from multiprocessing import active_children, get_context
 
 import torch
+from tqdm.auto import tqdm
 
-from .durable import end_with_parent
+from .durable import end_with_parent, held_back
 
 # %% ../nbs/04_executors.ipynb #ba66f118
 @contextmanager
@@ -45,6 +46,12 @@ def _omp_threads(threads):
         if before is None: del os.environ['OMP_NUM_THREADS']
         else: os.environ['OMP_NUM_THREADS'] = before
 
+# %% ../nbs/04_executors.ipynb #8bf2b557
+def _begin():
+    "What a worker process does first"
+    end_with_parent()
+    tqdm.set_lock(threading.RLock())
+
 # %% ../nbs/04_executors.ipynb #d25578ca
 def _with_threads(threads, one, job):
     "One job, in a process of its own"
@@ -61,10 +68,11 @@ def run_in_processes(
     "The jobs, several at a time; an interrupt ends all of them"
     threads = threads or max(1, os.cpu_count()//processes)
     others = set(active_children())
-    with (_omp_threads(threads),
-          ProcessPoolExecutor(processes, get_context('spawn'), end_with_parent) as pool):
-        waiting = {pool.submit(_with_threads, threads, one, job): job for job in jobs}
+    with held_back(): pool = ProcessPoolExecutor(processes, get_context('spawn'), _begin)
+    with _omp_threads(threads), pool:
         try:
+            with held_back(): # they are started here; what keeps track of them, above
+                waiting = {pool.submit(_with_threads, threads, one, job): job for job in jobs}
             for future in as_completed(waiting): yield waiting[future], future.result
         except BaseException:
             for process in set(active_children()) - others: process.terminate()

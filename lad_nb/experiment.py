@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from .devices import pick_device, pick_precision
+from .values import place
 from .tasks import Task, get_task, own_task_told, splits_named
 from .data import add_teacher_ids, encode
 from .rows import Rows, count_unlabelled, labelled_only, rows_of
@@ -312,7 +313,8 @@ def resolve(
     encoder = _encoder(recipe, teacher, allow_hub, search)
     recipe = with_families(recipe, teacher, encoder)
     scored = {} if rows is None else rows_to_score_on(recipe, eval_rows, search, fetch)
-    plan = _settle(recipe, Path(root), rows, teacher, encoder, said, given, tuple(search.missing), scored)
+    plan = _settle(recipe, place(root, 'root'), rows, teacher, encoder, said, given, tuple(search.missing),
+                   scored)
     check_sources(said, plan.sources, like)
     check_later_settings(said, recipe, like)
     if rows is not None: check_scored(said, plan, like)
@@ -489,24 +491,24 @@ def open_run(
     step: int | None=None, # a checkpoint's update step; the end of the run by default
 ) -> tuple:               # Distiller in eval mode, tokenizer, Recipe
     "A run's distiller as it was"
-    folder = Path(folder)
+    folder = place(folder, 'The run folder')
     said = run_description(folder)
-    recipe, place = recipe_from_dict(said), end_of(folder) if step is None else find_checkpoint(folder, step)
-    student = load_classifier(place, recipe.task)
-    tokenizer = load_tokenizer(place)
+    recipe, end = recipe_from_dict(said), end_of(folder) if step is None else find_checkpoint(folder, step)
+    student = load_classifier(end, recipe.task)
+    tokenizer = load_tokenizer(end)
     if said.get('teacher'):
         make = partial(distiller_of, recipe, mapping=mapping_from_dict(said['mapping']))
         distiller, tokenizer = join_teacher(student, tokenizer, teacher_of(folder, said), recipe.task, make)
     else: distiller = distiller_of(recipe, student, None, None)
-    load_gates(distiller.objective, place)
-    step = _step_of(place) or ending_of(folder).get('checkpoint')
+    load_gates(distiller.objective, end)
+    step = _step_of(end) or ending_of(folder).get('checkpoint')
     distiller.objective.redraw(recipe.seed, _last_epoch(said, recipe, step))
     warn_changed(said, folder, 'It is opened with the code that is here.')
     return distiller.eval(), tokenizer, recipe
 
-def _step_of(place):
+def _step_of(end):
     "The update of a checkpoint; None for the end of a run"
-    return int(place.name.rpartition('-')[2]) if place.name.startswith('checkpoint-') else None
+    return int(end.name.rpartition('-')[2]) if end.name.startswith('checkpoint-') else None
 
 def _last_epoch(said, recipe, step):
     "The epoch, from 0, of the last update before a step: what was drawn then is drawn again"
@@ -525,7 +527,7 @@ def rerun(
     eval_rows: Rows | None=None, # the same, of those that it was scored on
 ) -> Path:                       # the new run folder
     "Train the recipe of a run folder again"
-    folder = Path(folder)
+    folder = place(folder, 'The run folder')
     said = run_description(folder)
     recipe = recipe_from_dict(said)
     warn_changed(said, folder, 'The new run may end in other bytes.')

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HfHubHTTPError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
 from .durable import check_damage, check_links, file_hash, read_json
+from .values import LAYERS, Range, place
 from .data import check_vocabulary
 
 # %% ../nbs/30_models.ipynb #8a5e28a3
@@ -39,6 +40,15 @@ def _check_code(path, said):
 _sizes = ('num_hidden_layers', 'hidden_size', 'num_attention_heads', 'intermediate_size', 'vocab_size',
           'max_position_embeddings', 'type_vocab_size', 'num_labels')
 
+# %% ../nbs/30_models.ipynb #f091609a
+_most = dict(num_hidden_layers=LAYERS, num_labels=Range(1, 10**5))
+
+def _own_names(said):
+    "What the family of a model calls its sizes, where it says them so"
+    kind = said.get('model_type')
+    known = CONFIG_MAPPING[kind].attribute_map if isinstance(kind, str) and kind in CONFIG_MAPPING else {}
+    return {k: known[k] if known.get(k) in said else k for k in _sizes}
+
 # %% ../nbs/30_models.ipynb #910f7321
 def _fewest_weights(sizes):
     "A lower bound for the number of weights in a BERT of these sizes"
@@ -51,18 +61,25 @@ def _fewest_weights(sizes):
 # %% ../nbs/30_models.ipynb #3d79dfb8
 def _check_sizes(path, said):
     "`ValueError` for settings that are not sizes of a model, or of one far beyond what its file holds"
-    sizes = {k: said[k] for k in _sizes if said.get(k) is not None}
+    names = _own_names(said)
+    sizes = {k: said[names[k]] for k in _sizes if said.get(names[k]) is not None}
     for k, n in sizes.items():
         least = 0 if k == 'type_vocab_size' else 1 # DeBERTa-v3 has no segments
         if type(n) is not int or not least <= n < 2**31:
-            raise ValueError(f"{path} says that {k} is {n!r:.60}; "
+            raise ValueError(f"{path} says that {names[k]} is {n!r:.60}; "
                              f"a whole number, at least {least}, was expected.")
-    least = _fewest_weights(sizes)
+    _check_held(path, {names[k]: n for k, n in sizes.items()}, _fewest_weights(sizes))
+    for k, allowed in _most.items():
+        if sizes.get(k, 1) not in allowed:
+            raise ValueError(f"{path} says that {names[k]} is {sizes[k]:,}; a number {allowed} was expected.")
+
+def _check_held(path, sizes, least):
+    "`ValueError` for a model that has far more weights than the file beside it"
     held = sum(f.stat().st_size for f in path.parent.glob('model*.safetensors'))
     if held and least > max(10*held, 10**9):
-        raise ValueError(f"{path} describes a model of {least:,} weights or more, the file beside it has "
-                         f"{held:,} bytes: they are not of one model "
-                         f"({', '.join(f'{k} {n}' for k, n in sizes.items())}).")
+        raise ValueError(f"{path} describes a model of {least:,} weights or more, which take {4*least:,} "
+                         f"bytes. The file beside it has {held:,} bytes: they are not of one model "
+                         f"({', '.join(f'{name} {n}' for name, n in sizes.items())}).")
 
 # %% ../nbs/30_models.ipynb #a9dd5961
 def check_model(
@@ -111,16 +128,16 @@ def model_folder(
 ) -> Path:            # holds config.json and model.safetensors
     "The folder of a model, downloaded if it is a hub id; `FileNotFoundError` if it is nowhere"
     if name == SMALL: return _small_folder()
-    folder = Path(name)
-    if '\0' in str(name) or not str(name).strip():
-        raise ValueError(f"The model is named {str(name)!r}; a folder or a hub id was expected.")
+    if isinstance(name, str) and ('\0' in name or not name.strip()):
+        raise ValueError(f"The model is named {name!r}; a folder or a hub id was expected.")
+    folder = place(name, 'The model')
     if folder.is_dir():
         if missing := [f for f in ('config.json', 'model.safetensors') if not (folder/f).is_file()]:
             raise FileNotFoundError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}. "
                                     "A folder written by save_pretrained was expected.")
         return check_model(folder)
     if folder.is_absolute() or str(name).startswith('.') or str(name).count('/') > 1:
-        raise FileNotFoundError(f"There is no folder {name}.")
+        raise FileNotFoundError(f"There is no folder {folder if folder.is_absolute() else name}.")
     return _from_model_hub(str(name))
 
 # %% ../nbs/30_models.ipynb #27fffa9c

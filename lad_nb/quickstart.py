@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 
+from .values import place
 from .mappings import Gate
 from .models import SMALL
 from .recipes import Recipe, mapping_of
@@ -64,7 +65,7 @@ def quickstart(
     progress: bool=True,           # show progress bars
 ) -> pd.DataFrame:                 # by run: dev accuracy, parameters, ms a sentence, MB on disk
     "Teacher, LAD student and undistilled student; leaves run folders, table.csv and gate_shares.png"
-    root = Path(root)
+    root = place(root, 'root')
     if root.exists() and any(root.iterdir()) and not resume:
         raise FileExistsError(f"{root} exists. Go on in it (--resume), name another folder (--root), "
                               "or delete it.")

@@ -29,8 +29,9 @@ class _Data(Settings):
     method: str = setting('lad', 'what each student layer learns from')
     model: str = setting('bert', 'kind of model, found from the encoder')
     ptrain_ver: str | None = setting(None,
-        "pretrained encoder: a folder, a hub id, or all-minilm-l6-v2; the teacher's own by default")
-    data_dir: str | None = setting(None, 'folder that holds train.tsv, dev.tsv, test.tsv')
+        "pretrained encoder: a folder, a hub id, or all-minilm-l6-v2; the teacher's own by default",
+        place=True)
+    data_dir: str | None = setting(None, 'folder that holds train.tsv, dev.tsv, test.tsv', place=True)
     dataset: str = setting('train', 'split to train on')
     train_size: int | None = setting(None, 'train on so many rows only, drawn with sample_seed', COUNT)
     sample_seed: int = setting(0, 'seed of that draw, the same for every run', SEED)
@@ -47,7 +48,7 @@ def student_setting(*args, **kwargs):
 @dataclass(frozen=True, repr=False)
 class _Teacher(Settings):
     teacher: str | None = student_setting(None,
-        "the teacher's folder or hub id, instead of teacher_exp, tmodel and tckpt")
+        "the teacher's folder or hub id, instead of teacher_exp, tmodel and tckpt", place=True)
     teacher_exp: str | None = student_setting(None, 'experiment of the teacher', flags=('texperiment',))
     tmodel: str = student_setting('bert', "teacher's kind of model, found from the teacher")
     tckpt: int | None = student_setting(None, "teacher's checkpoint; its last by default", COUNT)
@@ -247,13 +248,14 @@ class _Asked(Settings):
     dataset: str = setting('dev', 'split; test for predictions')
     batch_size: int = setting(256, 'examples at a time', COUNT)
     model: str = setting('bert', 'its kind of model')
-    data_dir: str | None = setting(None, "folder of the task's TSV files; the run's by default")
+    data_dir: str | None = setting(None, "folder of the task's TSV files; the run's by default", place=True)
     bad_rows: str | None = setting(None,
         'lines with a wrong number of fields: raise or skip; as the run was told, by default',
         ('raise', 'skip'))
-    device_id: int | None = setting(None, '-1 is the CPU, else a CUDA index; the best there is by default')
+    device_id: int | None = setting(None,
+        '-1 is the CPU, else a CUDA index; the best there is by default', DEVICE)
     ckpt: int | None = setting(None,
-        'update step of the checkpoint; the last by default', audience='predictions')
+        'update step of the checkpoint; the last by default', STEP, audience='predictions')
 
 # %% ../nbs/45_recipes.ipynb #e12d9bbd
 def dev_loss_setting(*args, **kwargs):
@@ -265,19 +267,20 @@ def dev_loss_setting(*args, **kwargs):
 @dataclass(frozen=True, repr=False)
 class Evaluation(_Asked):
     "What is asked of a run that is there: scores, predictions or its dev loss"
-    teacher: str | None = dev_loss_setting(None, "folder or hub id of the teacher; the run's own by default")
+    teacher: str | None = dev_loss_setting(None,
+        "folder or hub id of the teacher; the run's own by default", place=True)
     teacher_exp: str | None = dev_loss_setting(None,
         "experiment of the teacher; the run's own teacher by default", flags=('texperiment',))
     tmodel: str = dev_loss_setting('bert', "teacher's kind of model")
-    tckpt: int | None = dev_loss_setting(None, "teacher's checkpoint; its last by default")
+    tckpt: int | None = dev_loss_setting(None, "teacher's checkpoint; its last by default", STEP)
     tdevice_id: int | None = dev_loss_setting(None,
-        'accepted as in the run book; the teacher is asked once, on device_id')
+        'accepted as in the run book; the teacher is asked once, on device_id', DEVICE)
     softmax_temp: float | None = dev_loss_setting(None,
-        "temperature of the soft loss (tau); the run's by default")
-    soft_weight: float | None = dev_loss_setting(None, "of the soft loss; the run's by default")
-    hard_weight: float | None = dev_loss_setting(None, "of the hard loss; the run's by default")
+        "temperature of the soft loss (tau); the run's by default", TEMPERATURE)
+    soft_weight: float | None = dev_loss_setting(None, "of the soft loss; the run's by default", WEIGHT)
+    hard_weight: float | None = dev_loss_setting(None, "of the hard loss; the run's by default", WEIGHT)
     log_step: int | None = dev_loss_setting(None,
-        'accepted as in the run book; here a checkpoint has one mean')
+        'accepted as in the run book; here a checkpoint has one mean', COUNT)
 
 # %% ../nbs/45_recipes.ipynb #7b9e285c
 def recipe_table(

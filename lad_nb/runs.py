@@ -10,7 +10,8 @@ __all__ = ['PLACES', 'experiment_folder', 'find_experiment', 'check_new', 'check
            'check_same']
 
 # %% ../nbs/40_runs.ipynb #e0ec8bd2
-import ast, contextlib, dis, hashlib, inspect, json, os, platform, re, subprocess, sys, textwrap, warnings
+import ast, contextlib, dis, hashlib, inspect, json, os, platform, re, subprocess, sys
+import textwrap, unicodedata, warnings
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import CONFIG_MAPPING
 
 import lad_nb
 from .durable import CHECKSUMS, LOCK, check_links, clear_place, find_damage, read_json, write_text
-from .values import check_value, shown
+from .values import check_value, place, shown
 from .tasks import Task, get_task, learn_task
 from .gates import gate_kinds
 from .targets import Source
@@ -34,10 +35,21 @@ def experiment_folder(
 ) -> Path:
     "The folder of an experiment; `ValueError` for a name that would leave `root`"
     name = f'{experiment}_{model}_{task}'
+    _check_spelling(name)
     if not experiment or not re.fullmatch(r'[\w.+=@-]+', name) or name.startswith('.'):
         raise ValueError(f"The experiment is named {name!r}; letters, digits and . _ - + = @ are allowed, "
                          "and no leading dot.")
-    return Path(root)/name
+    if name.startswith('checkpoint-'):
+        raise ValueError(f"The experiment is named {experiment!r}, and checkpoint-N is what a run calls its "
+                         "checkpoints. Choose another name.")
+    return place(root, 'root')/name
+
+def _check_spelling(name):
+    "`ValueError` for a name that only looks like the one that a keyboard types"
+    typed = unicodedata.normalize('NFC', name)
+    if typed != name:
+        raise ValueError(f"The experiment is named {ascii(name)}, which looks like {typed!r} and is spelled "
+                         "otherwise: two folders would look the same. Type the name anew (Unicode form NFC).")
 
 # %% ../nbs/40_runs.ipynb #239e83bf
 def find_experiment(
@@ -93,8 +105,8 @@ def find_checkpoint(
     step: int | None=None, # its update step; the last by default
 ) -> Path:
     "One checkpoint, checked for damage; `FileNotFoundError` lists those that exist"
-    step = check_value('The step of a checkpoint', step, int, optional=True)
-    if not Path(folder).is_dir(): raise FileNotFoundError(_no_experiment(Path(folder)))
+    step, folder = check_value('The step of a checkpoint', step, int, optional=True), place(folder)
+    if not folder.is_dir(): raise FileNotFoundError(_no_experiment(folder))
     check_links(folder)
     found = checkpoints(folder)
     if not found:
@@ -228,9 +240,9 @@ def found_places(
     "The recipe of a run folder, with its folders as they are found from here"
     recipe = _as_dict(said.get('recipe'))
     found = {n: found_from(recipe[n], root) for n in PLACES if isinstance(recipe.get(n), str)}
-    for name, place in found.items():
+    for name, folder in found.items():
         sha256 = _as_dict(said.get(PLACES[name])).get('sha256')
-        if not os.path.isdir(place) and (elsewhere := remembered(sha256)): found[name] = str(elsewhere)
+        if not os.path.isdir(folder) and (elsewhere := remembered(sha256)): found[name] = str(elsewhere)
     return recipe | found
 
 # %% ../nbs/40_runs.ipynb #4099e059
@@ -246,14 +258,15 @@ def run_description(
     folder: str | Path, # a run folder
 ) -> dict:              # its recipe.json, in which the folders of a recipe are those that are here
     "What a run folder says of itself; a task of one's own is known by its name then"
-    path = Path(folder)/'recipe.json'
-    if not path.is_file(): raise FileNotFoundError(_no_run(Path(folder)))
+    folder = place(folder, 'The run folder')
+    path = folder/'recipe.json'
+    if not path.is_file(): raise FileNotFoundError(_no_run(folder))
     check_links(folder)
     said = read_json(path)
     if not isinstance(said, dict):
         raise ValueError(f"{path} does not describe a run: names and values were expected.")
     learn_task(said, folder)
-    if isinstance(said.get('recipe'), dict): said['recipe'] = found_places(said, Path(folder).parent)
+    if isinstance(said.get('recipe'), dict): said['recipe'] = found_places(said, folder.parent)
     return said
 
 # %% ../nbs/40_runs.ipynb #3eb3f768
@@ -307,10 +320,10 @@ def pretrained_of(
     folder: str | Path, # a teacher's run folder or checkpoint
 ) -> str | None:
     "The encoder that a teacher was fine-tuned from, as its recipe.json says"
-    for place in (Path(folder), Path(folder).parent):
-        if not (place/'recipe.json').is_file(): continue
-        name = (read_json(place/'recipe.json').get('recipe') or {}).get('ptrain_ver')
-        return found_from(name, place.parent) if isinstance(name, str) else None
+    for run in (Path(folder), Path(folder).parent):
+        if not (run/'recipe.json').is_file(): continue
+        name = (read_json(run/'recipe.json').get('recipe') or {}).get('ptrain_ver')
+        return found_from(name, run.parent) if isinstance(name, str) else None
 
 # %% ../nbs/40_runs.ipynb #bec02e8b
 def _same(was, now): return not was or not now or was.get('sha256') == now['sha256']

@@ -6,6 +6,7 @@
 __all__ = ['setting', 'kind_of', 'layer_pairs', 'check_setting', 'Settings', 'settings_table', 'with_help']
 
 # %% ../nbs/03_settings.ipynb #a4134840
+import os
 from dataclasses import asdict, field, fields, replace
 from functools import cache
 from types import NoneType
@@ -24,11 +25,12 @@ def setting(
     flags: tuple=(),          # further spellings on the command line
     trainer: str | None=None, # the field of `DistilArguments` that this is
     pairs: bool=False,        # may also be {student layer: encoder layer}
+    place: bool=False,        # may be a folder: ~ is what it is in a shell
     always_said: bool=True,   # False: `to_dict` leaves it out while it has its default
 ):
     "A field of a `Settings`: default, help, range and audience, once"
     about = dict(help=help, allowed=allowed, audience=audience, flags=flags, pairs=pairs,
-                 always_said=always_said)
+                 place=place, always_said=always_said)
     return field(default=default, metadata=about | ({} if trainer is None else dict(trainer=trainer)))
 
 # %% ../nbs/03_settings.ipynb #a8a7a442
@@ -60,7 +62,8 @@ def check_setting(
     pairs = f.metadata['pairs']
     if pairs and isinstance(value, dict): return layer_pairs(f.name, value)
     also = 'pairs student layer: encoder layer' if pairs else ''
-    return check_value(f.name, value, kind_of(f), f.metadata['allowed'], f.default is None, also)
+    value = check_value(f.name, value, kind_of(f), f.metadata['allowed'], f.default is None, also)
+    return os.path.expanduser(value) if f.metadata['place'] and value else value
 
 # %% ../nbs/03_settings.ipynb #82b6d0ce
 class Settings:

@@ -16,7 +16,8 @@ from pathlib import Path
 import pandas as pd
 from datasets import ClassLabel, Dataset, Features, Value
 
-from .durable import read_json, write_text
+from .durable import linked_out, read_json, write_text
+from .values import place
 
 # %% ../nbs/10_tasks.ipynb #0c820b8b
 @dataclass(frozen=True)
@@ -275,16 +276,19 @@ def task_from_dict(
     return task
 
 # %% ../nbs/10_tasks.ipynb #ad5430e3
+_not_quoted = 'the file is a link that leads out of its folder, and is not quoted.'
+
 def open_task(
     folder: str | Path, # from `write_task`
 ) -> Task:
     "Make a task of one's own known by its name; `ValueError` for what `write_task` would not write"
-    path = Path(folder)/'task.json'
+    path = place(folder)/'task.json'
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no task.json: it is not a folder that write_task wrote.")
     try: task = task_from_dict(read_json(path))
     except ValueError as e:
-        why = f"{path} describes no task of your own: {e} Write it anew with write_task."
+        said = _not_quoted if linked_out(path) else e
+        why = f"{path} describes no task of your own: {said} Write it anew with write_task."
         raise ValueError(why) from None
     tasks[task.name] = task
     return task
@@ -300,7 +304,7 @@ def write_task(
     **frames,                # train=, dev= and, if you like, test=: data frames, Datasets or lists of dicts
 ) -> Task:
     "Rows as a task: checked, written to a folder, known by its name"
-    labels, columns, folder = tuple(map(str, labels)), tuple(columns), Path(folder)
+    labels, columns, folder = tuple(map(str, labels)), tuple(columns), place(folder)
     task = Task(name, name, columns, labels, label_column=label_column,
                 metrics=('accuracy',) if labels else ('pearson', 'spearman'),
                 test=('test',) if 'test' in frames else ())

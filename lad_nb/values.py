@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COUNT', 'STEP', 'SEED', 'RATE', 'FROZEN', 'BETA', 'SHARE', 'EPS', 'DECAY', 'NORM', 'WEIGHT', 'TEMPERATURE', 'LENGTH',
-           'LAYERS', 'SIZE', 'DEVICE', 'NAMES', 'Range', 'shown', 'Names', 'plain', 'check_value']
+           'LAYERS', 'SIZE', 'DEVICE', 'NAMES', 'Range', 'shown', 'Names', 'plain', 'check_value', 'place']
 
 # %% ../nbs/02_values.ipynb #b3761051
 import os, sys
 from dataclasses import dataclass
+from pathlib import Path
 
 # %% ../nbs/02_values.ipynb #59b51b41
 @dataclass(frozen=True)
@@ -119,3 +120,13 @@ def check_value(
     if right and allowed: right = all(v in allowed for v in (value if kind is tuple else [value]))
     if right: return value
     raise ValueError(f"{name} is {_brief(value)}; {_wanted(kind, allowed, optional, also)} was expected.")
+
+# %% ../nbs/02_values.ipynb #1997e2c9
+def place(
+    value,                    # a folder or a file
+    name: str='The folder',   # what it is of, for the message
+) -> Path:
+    "A path, with ~ as shells read it; `ValueError` for what is none"
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(path, str) and path.strip() and '\0' not in path: return Path(os.path.expanduser(path))
+    raise ValueError(f"{name} is {_brief(value)}; the path of a folder was expected, as text or as a Path.")

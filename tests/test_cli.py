@@ -1,14 +1,19 @@
 """Commands as a person types them: what they print, what they refuse, and that a refusal writes nothing."""
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pandas as pd
+import psutil
 import pytest
 from conftest import FEW, ROOT, names_in, program
 from transformers import BertConfig, BertForSequenceClassification
+from two_processes import study
 
 from lad_nb import cli, quickstart
 from lad_nb.encoders import random_bert
@@ -16,6 +21,7 @@ from lad_nb.experiment import run
 from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.recipes import Recipe, recipe_from_dict
 from lad_nb.run_books import run_books
+from lad_nb.study import run_study
 
 FLAGS = ('--task toy --max_seq_len 32 --batch_size 16 --total_step 4 --warmup_step 1 --ckpt_step 2 '
          '--log_step 2 --device_id -1')
@@ -238,6 +244,56 @@ def test_installed_command():
     command = [sys.executable, '-m', 'lad_nb', 'run_lad_distil', '--helpp']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
+
+
+STUDY = "from two_processes import study\n\nmine = study({!r}, 40)\n"
+STOPS = dict(ctrl_c=(signal.SIGINT, True, 3), hangup=(signal.SIGHUP, True, 1),
+             batch_system=(signal.SIGTERM, False, 1))  # what is sent; to all of the terminal; how often
+
+
+def stopped(command, folder, sent, to_all, times, env):
+    """A study of two worker processes, stopped after its first run has begun: exit code, what it said, and
+    how long its last process lived on."""
+    process = subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        end = time.time() + 200
+        while not list(folder.glob('experiments/two_*/log.jsonl')):
+            assert process.poll() is None and time.time() < end
+            time.sleep(.02)
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        assert len(everyone) >= 2
+        began = time.time()
+        for _ in range(times): os.killpg(process.pid, sent) if to_all else process.send_signal(sent)
+        out, err = process.communicate(timeout=60)
+        gone, left = psutil.wait_procs(everyone, timeout=30)
+        assert not left
+        return process.returncode, err, time.time() - began
+    finally:
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_study_that_is_stopped(tiny, tmp_path):
+    """By Ctrl-C, by a batch system, by a terminal that is gone: one line, no worker is left, and the same
+    command goes on to the same bytes."""
+    whole = tmp_path/'whole'
+    run_study(study(tiny, 40), whole/'experiments', whole/'results', threads=1, say=lambda line: None)
+    paths = os.pathsep.join([os.environ.get('PYTHONPATH', str(ROOT)), str(ROOT/'tests')])
+    command = [sys.executable, '-m', 'lad_nb', 'study', 'this:mine', '--processes', '2', '--threads', '1']
+    took = {}
+    for name, how in STOPS.items():
+        folder = tmp_path/name
+        folder.mkdir()
+        (folder/'this.py').write_text(STUDY.format(str(tiny)))
+        env = os.environ | dict(PYTHONPATH=paths)
+        code, err, took[name] = stopped(command, folder, *how, env)
+        assert code == 128 + how[0] and 'Traceback' not in err and 'Warning' not in err, err
+        assert err.count('lad-nb: ') == 1 and 'goes on where it was' in err.splitlines()[-1], err
+    subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
+    for student in (whole/'experiments').glob('two_*/model.safetensors'):
+        assert (folder/'experiments'/student.parent.name/student.name).read_bytes() == student.read_bytes()
+    print({name: round(seconds, 1) for name, seconds in took.items()})
 
 
 def cpu_seconds():

@@ -3,6 +3,7 @@ costs nothing that was written."""
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,21 @@ def test_killed_at_random_moments(tiny, tmp_path, updates, kills):
     print(said)
     assert not said['problems'], said['problems']
     assert said['kills'] == kills
+
+
+@pytest.mark.parametrize('updates, signals', [(10, 3), pytest.param(30, 60, marks=pytest.mark.slow)])
+def test_signals_at_random_moments(tiny, tmp_path, updates, signals):
+    """Ctrl-C, SIGTERM and SIGHUP to the command: before the first update, within one, as a checkpoint, the
+    final student or the card is written, some three in a row. One line, 128 and the signal's number, no
+    traceback; --resume goes on to the same bytes."""
+    seed = int(os.environ.get('LAD_NB_SEED') or random.randrange(10**6))
+    print(f'LAD_NB_SEED={seed}')
+    done = program('signalled.py', tmp_path, tiny, updates, signals, seed)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    print(said)
+    assert not said['problems'], said['problems']
+    assert said['ended'] >= signals
 
 
 @pytest.mark.parametrize('left', range(1, 30, 4))

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import math
+import os
 import re
 import warnings
 from dataclasses import fields
@@ -210,6 +211,7 @@ def is_a_recipe_or_refused(said):
         return
     found = recipe.to_dict()
     same = lambda a, b: a == b or isinstance(a, float) and math.isnan(a) and math.isnan(b)
+    asked = {k: os.path.expanduser(v) if v and FIELDS[k].metadata['place'] else v for k, v in asked.items()}
     assert all(same(found[k], v) and (type(found[k]) is type(v)) for k, v in asked.items())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -520,7 +520,7 @@ def test_absurd_settings_of_a_checkpoint(done, quick):
     settings(done/'checkpoint-6', num_hidden_layers=10**9)
     (done/'checkpoint-6'/CHECKSUMS).unlink()
     recipe = quick.replace(teacher=None, teacher_exp='quick', tckpt=6)
-    says = (r'describes a model of [\d,]+ weights or more, the file beside it has [\d,]+ bytes'
+    says = (r'describes a model of [\d,]+ weights or more, which take [\d,]+ bytes. The file beside it has'
             '.*num_hidden_layers 1000000000')
     for way in (lambda: resolve(recipe, done.parent, fetch=False), lambda: open_run(done, 6)):
         with pytest.raises(ValueError, match=says): way()

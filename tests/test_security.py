@@ -13,12 +13,14 @@ from conftest import ROOT, program
 from transformers.trainer_pt_utils import safe_globals
 
 from lad_nb.cli import main
+from lad_nb.data import load_task
 from lad_nb.durable import write_checksums
 from lad_nb.encoders import load_classifier, load_encoder
 from lad_nb.evaluation import evaluate
 from lad_nb.experiment import open_run, rerun, run
 from lad_nb.interchange import load_script_model
 from lad_nb.models import load_tokenizer, model_folder
+from lad_nb.tasks import open_task
 from lad_nb.runs import checkpoints, experiment_folder, find_checkpoint
 
 pytestmark = pytest.mark.faults
@@ -159,6 +161,34 @@ def test_links_that_are_fine(done):
     (done/'best').symlink_to('checkpoint-4')
     (done.parent/'linked_bert_toy').symlink_to(done)
     open_run(done.parent/'linked_bert_toy')
+
+
+SECRET = 'root:x:0:0:a secret'
+
+
+@pytest.mark.parametrize('task, file', [('rte', 'train.tsv'), ('stsb', 'train.tsv'), ('cola', 'train.tsv'),
+                                        ('own', 'task.json')])
+def test_a_link_to_a_file_that_is_no_data(tmp_path, task, file):
+    """An error about a file that a folder links to elsewhere quotes nothing of it."""
+    folder, outside = tmp_path/'folder', tmp_path/'outside'
+    folder.mkdir()
+    said = json.dumps({SECRET: SECRET}) if task == 'own' else '\t'.join([SECRET]*4) + '\n'
+    outside.write_text(said)
+    read = (lambda: open_task(folder)) if task == 'own' else lambda: load_task(task, data_dir=folder)
+    (folder/file).symlink_to(outside)
+    with pytest.raises(ValueError, match='is a link that leads out of its folder') as e: read()
+    assert 'secret' not in str(e.value) and str(folder/file) in str(e.value)
+    (folder/file).unlink()
+    (folder/file).write_text(said) # one's own file is quoted
+    with pytest.raises(ValueError, match='secret'): read()
+
+
+def test_rows_behind_a_link_are_read(tmp_path):
+    """Data that lies elsewhere is linked to by many."""
+    (tmp_path/'store.tsv').write_text('sentence1\tsentence2\tlabel\na\tb\tentailment\n')
+    (tmp_path/'rte').mkdir()
+    (tmp_path/'rte'/'train.tsv').symlink_to(tmp_path/'store.tsv')
+    assert load_task('rte', data_dir=tmp_path/'rte')['sentence1'] == ['a']
 
 
 NAMES = ['../x', '..', '.', '', '/etc/x', 'a/b', 'a\\b', 'a\0b', '.hidden', 'a\n', ' ', '~', '$HOME', 'a;b',

@@ -2,10 +2,13 @@
 what is meant is taken."""
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,17 +19,18 @@ from conftest import ROOT, names_in, program
 
 from lad_nb.benchmark import benchmark
 from lad_nb.cli import main, parse, recipe_of
-from lad_nb.data import read_tsv
+from lad_nb.data import load_task, read_tsv
 from lad_nb.encoders import load_encoder
 from lad_nb.experiment import open_run, rerun, run
-from lad_nb.models import SMALL
+from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.panel import Panel
 from lad_nb.settings import kind_of
 from lad_nb.recipes import Recipe, recipe_from_dict
-from lad_nb.runs import find_checkpoint
+from lad_nb.runs import experiment_folder, find_checkpoint
 from lad_nb.sources import training_bytes
 from lad_nb.stepper import Stepper
 from lad_nb.students import make_student
+from lad_nb.tasks import open_task
 from lad_nb.values import Range, shown
 
 pytestmark = pytest.mark.faults
@@ -101,6 +105,31 @@ def test_sizes_that_cannot_work(quick, tmp_path, change, says):
     assert not names_in(tmp_path) and psutil.Process().memory_info().rss < before + 2**28
 
 
+DISTIL = dict(model_type='distilbert', dim=16, n_heads=2, hidden_dim=32)
+BEYOND = [(dict(num_hidden_layers=10**9), 'num_hidden_layers 1000000000'),
+          (dict(hidden_size=10**7), 'hidden_size 10000000'),
+          (DISTIL | dict(n_layers=10**9), 'n_layers 1000000000'),
+          (DISTIL | dict(n_layers=1001), 'n_layers is 1,001; a number from 1 up to 1,000'),
+          (dict(num_hidden_layers=1001), 'num_hidden_layers is 1,001; a number from 1 up to 1,000'),
+          (dict(model_type='albert', num_hidden_layers=10**6), 'num_hidden_layers'),
+          (dict(num_labels=10**7), 'num_labels is 10,000,000; a number from 1 up to 100,000')]
+
+
+@pytest.mark.parametrize('said, says', BEYOND, ids=[str(s)[:50] for s, _ in BEYOND])
+def test_a_model_that_nobody_has(quick, tiny, tmp_path, said, says):
+    """config.json is asked whether it makes sense before anything is built from it."""
+    model = Path(shutil.copytree(tiny, tmp_path/'model'))
+    config = json.loads((model/'config.json').read_text())
+    (model/'config.json').write_text(json.dumps(config | said))
+    before, began = psutil.Process().memory_info().rss, time.process_time()
+    start = lambda m: run(quick.replace(ptrain_ver=str(m)), tmp_path/'runs', progress=False)
+    for way in (load_encoder, start):
+        with pytest.raises(ValueError, match=says) as e: way(model)
+        if 'from 1 up' not in says: assert 'which take' in str(e.value) and 'bytes' in str(e.value)
+    assert psutil.Process().memory_info().rss < before + 2**26 and time.process_time() < began + 3
+    assert not (tmp_path/'runs').exists()
+
+
 def test_the_bytes_that_are_named_are_those_of_the_student(tiny, quick):
     encoder = load_encoder(tiny)
     for sizes in (dict(), dict(d_model=24, d_ff=50, type_vocab_size=3)):
@@ -133,6 +162,78 @@ def test_a_step_that_is_text(quick, tmp_path):
     for find in (find_checkpoint, open_run):
         with pytest.raises(ValueError, match="step of a checkpoint is '2'; a whole number"): find(folder, '2')
     assert find_checkpoint(folder, np.int64(2)).name == 'checkpoint-2'
+
+
+ENORMOUS = '9'*20
+WITHOUT_SENSE = ['d_ff', 'type_vocab_size', 'max_seq_len', 'total_step', 'd_model', 'num_attention_heads',
+                 'num_hidden_layers', 'train_size', 'tckpt', 'keep_ckpt', 'ckpt_step', 'seed', 'device_id',
+                 'epoch']
+OF_A_RUN = ['run_fine_tune_eval --batch_size', 'run_fine_tune_eval --device_id', 'eval_dev_loss --tckpt',
+            'eval_dev_loss --softmax_temp', 'eval_dev_loss --log_step', 'generate_test_prediction --ckpt']
+
+
+@pytest.mark.parametrize('flag', [*(f'run_lad_distil --{name}' for name in WITHOUT_SENSE), *OF_A_RUN])
+def test_twenty_nines(tmp_path, capsys, flag):
+    command, name = flag.split()
+    code = main([command, '--experiment', 'x', '--task', 'toy', '--root', str(tmp_path), name, ENORMOUS])
+    err = capsys.readouterr().err
+    assert code == 2 and len(err.strip().splitlines()) == 1 and 'expected' in err, err
+    assert f'{name[2:]} is {ENORMOUS}' in err or f'{name[2:]} is 1e+20' in err, err
+    assert not names_in(tmp_path)
+
+
+NO_PLACE = [123, ['a'], b'a', 1.5, True, {}, '', ' ', 'a\0b']
+PLACED = dict(data_dir=lambda v: load_task('rte', data_dir=v), model=load_encoder, tokenizer=load_tokenizer,
+              root=lambda v: run(Recipe(), v), folder=open_run, again=rerun, task=open_task,
+              checkpoint=find_checkpoint)
+
+
+@pytest.mark.parametrize('what', PLACED)
+def test_what_is_no_place(what):
+    """A folder that is a number, or a list: our words."""
+    for value in NO_PLACE:
+        with pytest.raises(ValueError, match='expected') as e: PLACED[what](value)
+        assert 'PathLike' not in str(e.value) and shown(repr(value))[:60] in str(e.value)
+
+
+def test_home(quick, tiny, tmp_path, monkeypatch, capsys):
+    """~ is one's own folder wherever a place is named: no folder of that name is made."""
+    monkeypatch.setenv('HOME', str(tmp_path/'home'))
+    monkeypatch.chdir(tmp_path)
+    for name in ('model', 'data'): shutil.copytree(tiny, tmp_path/'home'/name)
+    recipe = quick.replace(teacher='~/model', ptrain_ver='~/model')
+    assert recipe.teacher == str(tmp_path/'home'/'model')
+    folder = run(recipe, '~/runs', progress=False)
+    assert folder == tmp_path/'home'/'runs'/'quick_bert_toy' and open_run('~/runs/quick_bert_toy')
+    assert main(['rerun', '~/runs/quick_bert_toy']) == 0
+    assert main('run_fine_tune_eval --experiment quick --task toy --root=~/runs --device_id -1'.split()) == 0
+    capsys.readouterr()
+    code = main('run_fine_tune_eval --experiment quick --task toy --root=~/runs --data_dir=~/data'.split())
+    assert code == 2 and f"no file {tmp_path/'home'/'data'/'dev.tsv'}" in capsys.readouterr().err
+    assert names_in(tmp_path/'home'/'runs')[0].startswith('quick_bert_toy')
+    assert [p.name for p in tmp_path.iterdir()] == ['home']
+
+
+def test_names_that_mean_something_here(quick, tmp_path):
+    """teacher_cache is a name like others; checkpoint-1 would be taken for a checkpoint."""
+    recipe = quick.replace(experiment='teacher_cache', norm='token', teacher_cache=True)
+    folder = run(recipe, tmp_path, progress=False)
+    assert open_run(folder) and open_run(folder, 4) and run(recipe, tmp_path, resume=True, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['teacher_cache', 'teacher_cache_bert_toy']
+    for name in ('checkpoint-1', 'checkpoint-x'):
+        with pytest.raises(ValueError, match=f"named '{name}', and checkpoint-N is what"):
+            run(quick.replace(experiment=name), tmp_path/'none', progress=False)
+    assert not (tmp_path/'none').exists()
+
+
+@pytest.mark.parametrize('name', ['cafe\u0301', 'A\u030angstrom', '\u212bngstrom', '\u1112\u1161\u11ab'])
+def test_names_in_another_unicode_form(quick, tmp_path, name):
+    """Two folders that look alike would be two runs, or on some systems one: one spelling is taken."""
+    typed = unicodedata.normalize('NFC', name)
+    assert typed != name and experiment_folder(typed, 'toy').name == f'{typed}_bert_toy'
+    with pytest.raises(ValueError, match='which looks like .* and is spelled otherwise') as e:
+        run(quick.replace(experiment=name), tmp_path, progress=False)
+    assert typed in str(e.value) and name not in str(e.value) and not names_in(tmp_path)
 
 
 TYPED = [('--lr ٣', "'٣' is not a number"), ('--lr 1_0', "'1_0' is not a number"),
@@ -211,15 +312,46 @@ def wait_for(what, process, seconds=120):
 
 
 @pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='looks into /proc for what is imported')
-@pytest.mark.parametrize('library', ['libtorch', 'pyarrow'])
-def test_interrupted_while_it_starts(library, tmp_path):
-    """Ctrl-C in the seconds of importing: one line, the shell's exit code, no traceback."""
+@pytest.mark.parametrize('library, sent, says', [
+    ('libtorch', signal.SIGTERM, 'ended by SIGTERM'), ('pyarrow', signal.SIGINT, 'interrupted'),
+    pytest.param('libtorch', signal.SIGHUP, 'ended by SIGHUP', marks=pytest.mark.slow)])
+def test_interrupted_while_it_starts(library, sent, says, tmp_path):
+    """A signal in the seconds of importing: one line, the shell's exit code, no traceback."""
     line = f'-m lad_nb run_lad_distil --experiment x --task toy --root {tmp_path}'
     process = start(line.split())
     wait_for(lambda: library in Path(f'/proc/{process.pid}/maps').read_text(), process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err.strip()) == (130, '', 'lad-nb: interrupted')
+    assert (process.returncode, out, err.strip()) == (128 + sent, '', f'lad-nb: {says}')
+
+
+def at_the_door(process):
+    """Whether a process has said what it does about SIGHUP, the last of the three."""
+    caught = next(x for x in Path(f'/proc/{process.pid}/status').read_text().splitlines() if 'SigCgt' in x)
+    return int(caught.split()[1], 16) >> (signal.SIGHUP - 1) & 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks into /proc for what is caught')
+def test_interrupted_at_any_moment_of_its_start(tmp_path):
+    """From the hundredths of a second on in which Python itself starts, up to a refusal."""
+    seed = int(os.environ.get('LAD_NB_SEED') or random.randrange(10**6))
+    rng, door, codes = random.Random(seed), [], []
+    print(f'LAD_NB_SEED={seed}')
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)*12:
+        began = time.time()
+        process = start(f'-m lad_nb run_lad_distil --experiment x --task toy --root {tmp_path}'.split())
+        wait_for(lambda: at_the_door(process), process)
+        door.append(time.time() - began)
+        time.sleep(rng.random()**3*4)
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode in (128 + sent, 2) and out == '', err
+        assert 'Traceback' not in err and len(err.strip().splitlines()) == 1, err
+        codes.append(process.returncode)
+    print(f'{len(codes) - codes.count(2)} of {len(codes)} ended by a signal; the door was open after '
+          f'{min(door):.3f} to {max(door):.3f} s')
+    assert codes.count(2) < 12 and not names_in(tmp_path)
 
 
 def test_the_console_command_starts_lightly():
