@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from make_badges import EXTRAS, with_badges
 from PIL import Image
-from run_notebooks import changes, find_flaws, is_close, main, picture_change, same_text
+from run_notebooks import MADE_ON, changes, find_flaws, is_close, main, picture_change, same_text
 
 NEW = nbformat.v4
 
@@ -120,12 +120,13 @@ def stale(tmp_path):
 
 def test_a_stale_output_is_found_and_can_be_replaced(stale, capsys):
     assert main([str(stale)]) == 1
-    told = capsys.readouterr().out
+    told, made_on = capsys.readouterr().out, MADE_ON.read_text()
     assert 'cell cell1\n' in told and '-1\n' in told and '+2\n' in told
     assert main([str(stale), '--write']) == 0 == main([str(stale), '--workers', '1'])
     nb = nbformat.read(stale, as_version=4)
     assert [''.join(o.text for o in c.outputs) for c in nb.cells][1] == '2\n'
     assert all(cell.execution_count is None for cell in nb.cells)
+    assert MADE_ON.read_text() == made_on  # that is about the project's own notebooks
 
 
 def test_a_notebook_with_a_switch_runs_small_when_it_has_to_be_quick(tmp_path, capsys):

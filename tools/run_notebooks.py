@@ -351,8 +351,8 @@ def main(args=None):
     with ThreadPoolExecutor(args.workers) as pool:  # the work is in the kernels
         waiting = [pool.submit(check, path, args.quick, args.write, alike[path], kernels) for path in paths]
         results = [told(future.result()) for future in as_completed(waiting)]
-    made_on |= {name(result.path): here for result in results if result.written}
-    if args.write:
+    if written := {name(r.path): here for r in results if r.written and r.path.is_relative_to(ROOT)}:
+        made_on = json.loads(MADE_ON.read_text()) | written  # others may have written since
         MADE_ON.write_text(json.dumps(made_on, indent=1, sort_keys=True) + '\n')
     wrong = [result for result in results if result.lines and (result.failed or not result.written)]
     print(f'{len(results) - len(wrong)} of {len(results)} notebooks are as they should be')
