@@ -322,7 +322,8 @@ def _dev_curve(name, steps, values, top, first, last, width):
     line = tag('polyline', points=' '.join(f"{d.get('cx')},{d.get('cy')}" for d in dots), fill='none',
                stroke=color, stroke_width=1.6)
     ends = [_label(left - 4, f'{y(v) + 3:.1f}', f'{v:.4g}', 'end') for v in dict.fromkeys((low, high))]
-    now = _label(width - _beside[1] + 6, f'{y(values[-1]) + 3:.1f}', f'{name} {values[-1]:.4g}')
+    said = f'{values[-1]:.3f}' if values[-1] >= .001 else f'{values[-1]:.2g}'
+    now = _label(width - _beside[1] + 6, f'{y(values[-1]) + 3:.1f}', f'{name} {said}')
     return [line, *dots, *ends, now]
 
 # %% ../nbs/56_pages.ipynb #53a9b126
