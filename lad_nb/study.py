@@ -22,6 +22,7 @@ from .durable import FolderInUse, file_hash, lock_folder, remove_folder
 from .executors import check_executor, run_here, run_in_processes, run_on
 from .leases import hold_folder, is_free
 from .models import weights_hash
+from .values import place
 from .tasks import get_task
 from .gates import gate_kinds, measure_name
 from .mappings import Source
@@ -562,11 +563,11 @@ def _check_encoders(jobs, results):
     "`ValueError` for results that began with another encoder than the one that is here by that name"
     lines = lines_by_run(results)
     for job in jobs:
-        place = job['recipe'].get('ptrain_ver')
+        encoder = job['recipe'].get('ptrain_ver')
         was = lines.get(run_key(job), {}).get('encoder_sha256')
-        if not (was and place and Path(place).is_dir()): continue
-        if was == (now := weights_hash(place)[:16]): continue
-        raise ValueError(f"The encoder {place} (sha256 {now}..) is not the one of the results in {results} "
+        if not (was and encoder and Path(encoder).is_dir()): continue
+        if was == (now := weights_hash(encoder)[:16]): continue
+        raise ValueError(f"The encoder {encoder} (sha256 {now}..) is not the one of the results in {results} "
                          f"({was}..). Put that one there, or collect into another folder of results.")
 
 # %% ../nbs/62_study.ipynb #8b401f50
@@ -642,7 +643,8 @@ def run_study(
     executor=None,                  # instead of processes: a `concurrent.futures.Executor`
 ) -> pd.DataFrame:                  # as `collect`
     "Fine-tune the teachers, choose learning rates, run the grid; shares the work with others on one root"
-    if executor is not None: root, results = Path(root).absolute(), Path(results).absolute()
+    root, results = place(root, 'root'), place(results, 'results')
+    if executor is not None: root, results = root.absolute(), results.absolute()
     runs, how, at_a_time = _ways(root, results, processes, threads, executor)
     for part in [stage] if stage else _stages(study):
         name, todo = f'{study.name}, {part}', missing(study, results, part)
@@ -664,6 +666,7 @@ def run_job(
     say=print,                      # gets a line when the run is done
 ) -> dict:                          # the run's line
     "One run of a study, and before it the teacher that it learns from; waits for whoever has it already"
+    root, results = place(root, 'root'), place(results, 'results')
     planned = jobs(study, results, stage)
     if not 1 <= number <= len(planned):
         raise ValueError(f"There is no job {number}: {study.name} has {len(planned)} in its stage {stage!r}, "
