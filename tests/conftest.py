@@ -1,9 +1,14 @@
 """What the tests share: real data when it is there, and a small teacher trained once."""
 import gc
+import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -43,6 +48,50 @@ def names_in(root):
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow as well')
+    parser.addoption('--counts', metavar='FILE', help='add to FILE, as JSON lines, how often each test of '
+                     'faults did what it does; tools/make_security.py makes the table of it')
+
+
+@pytest.fixture(scope='session')
+def seed(request):
+    """What random tests begin with: LAD_NB_SEED; without it a new one with --slow, and else always 7."""
+    found = int(os.environ['LAD_NB_SEED'])
+    print(f'LAD_NB_SEED={found}')
+    return found
+
+
+@pytest.fixture
+def counted(record_property):
+    """Says how often a test did something, and what was lost: counted(kills=30, bytes_lost=0)."""
+    return lambda **numbers: record_property('counted', numbers)
+
+
+class Counts:
+    """The counts of the tests that ran, added up over their parameters, and what they were run with."""
+    packages = 'torch', 'transformers', 'datasets', 'safetensors', 'tokenizers', 'hypothesis'
+
+    def __init__(self, file, slow):
+        self.file, self.form, self.tests = Path(file), 'long' if slow else 'short', {}
+
+    def pytest_runtest_logreport(self, report):
+        if 'faults' not in report.keywords: return
+        name = report.nodeid.partition('[')[0].rpartition('/')[2]
+        here = self.tests.setdefault(name, Counter())
+        here['seconds'] += report.duration
+        if report.when == 'call' or report.outcome != 'passed': here[report.outcome] += 1
+        if report.when != 'teardown': return # properties come with every one of the three reports
+        for what, said in report.user_properties:
+            here.update(said if what == 'counted' else {what: said} if what == 'tried' else {})
+
+    def pytest_sessionfinish(self):
+        about = dict(form=self.form, date=date.today().isoformat(), seed=int(os.environ['LAD_NB_SEED']),
+                     versions={name: version(name) for name in self.packages})
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        found = {(line['test'], line['form']): line for line in map(json.loads, lines)}
+        for name, here in self.tests.items():
+            said = dict(here) | dict(seconds=round(here['seconds'], 1))
+            if here.keys() - {'seconds', 'skipped'}: found[name, self.form] = dict(test=name) | said | about
+        self.file.write_text(''.join(json.dumps(found[at]) + '\n' for at in sorted(found)))
 
 
 LONG = ['runbook', 'studies', 'faults', 'cache', 'analysis', 'cli', 'browser', 'training', 'benchmark',
@@ -54,6 +103,9 @@ def pytest_configure(config):
     gc.collect()
     gc.freeze()  # collections are many, and need not look at libraries again and again
     config.option.loadscopereorder = False  # xdist would begin with the file that has the most tests
+    slow, counts = config.getoption('--slow'), config.getoption('--counts')
+    os.environ.setdefault('LAD_NB_SEED', str(random.SystemRandom().randrange(10**6) if slow else 7))
+    if counts and not hasattr(config, 'workerinput'): config.pluginmanager.register(Counts(counts, slow))
 
 
 def pytest_collection_modifyitems(config, items):

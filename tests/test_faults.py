@@ -3,7 +3,6 @@ costs nothing that was written."""
 import errno
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -124,31 +123,31 @@ def test_a_full_disk(experiments, lad, whole, monkeypatch):
     assert same_bytes(folder, whole)
 
 
-@pytest.mark.parametrize('updates, kills', [(15, 3), pytest.param(60, 30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tiny, tmp_path, updates, kills):
-    """A study of one run of so many updates, checkpoints every 5, with its teacher, cache, log and table of
-    results: killed, started again, and in the end the same bytes."""
-    done = program('killed.py', tmp_path, tiny, updates, kills, 7)
+@pytest.mark.parametrize('updates, kills', [(15, 3), pytest.param(30, 300, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tiny, tmp_path, seed, counted, updates, kills):
+    """A study of one run of so many updates, checkpoints every 5, with its teacher, cache, log, snapshots,
+    table of results and card: killed, started again, and in the end the same bytes."""
+    done = program('killed.py', tmp_path, tiny, updates, kills, seed)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     print(said)
     assert not said['problems'], said['problems']
-    assert said['kills'] == kills
+    assert said['kills'] == kills or said['stopped']
+    counted(kills=said['kills'], studies=said['rounds'], **{f'{k}_lost': n for k, n in said['lost'].items()})
 
 
 @pytest.mark.parametrize('updates, signals', [(10, 3), pytest.param(30, 60, marks=pytest.mark.slow)])
-def test_signals_at_random_moments(tiny, tmp_path, updates, signals):
+def test_signals_at_random_moments(tiny, tmp_path, seed, counted, updates, signals):
     """Ctrl-C, SIGTERM and SIGHUP to the command: before the first update, within one, as a checkpoint, the
     final student or the card is written, some three in a row. One line, 128 and the signal's number, no
     traceback; --resume goes on to the same bytes."""
-    seed = int(os.environ.get('LAD_NB_SEED') or random.randrange(10**6))
-    print(f'LAD_NB_SEED={seed}')
     done = program('signalled.py', tmp_path, tiny, updates, signals, seed)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     print(said)
     assert not said['problems'], said['problems']
     assert said['ended'] >= signals
+    counted(signals=said['ended'], runs=said['rounds'], three_in_a_row=said['three_in_a_row'], bytes_lost=0)
 
 
 @pytest.mark.parametrize('left', range(1, 30, 4))
@@ -235,7 +234,7 @@ def fill(root, left):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(quick, tmp_path, disk):
+def test_a_disk_that_is_really_full(quick, tmp_path, disk, counted):
     """It fills up at every few kilobytes of a run: a clear error, earlier checkpoints whole; with room again,
     the same bytes."""
     recipe = quick.replace(experiment='whole')
@@ -256,6 +255,7 @@ def test_a_disk_that_is_really_full(quick, tmp_path, disk):
         (root/'ballast').unlink()
         assert same_bytes(run(recipe, root, resume=True, progress=False), whole)
     print(stops, places)
+    counted(stops=stops, bytes_lost=0)
     assert stops >= 5 and any('checkpoint-' in p for p in places)
 
 

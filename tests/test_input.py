@@ -6,12 +6,13 @@ import json
 import math
 import os
 import re
+import time
 import warnings
 from dataclasses import fields
 
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from lad_nb.cli import layer_list, parse, recipe_of
@@ -24,18 +25,24 @@ from lad_nb.runs import run_description
 from lad_nb.tasks import tasks
 
 pytestmark = pytest.mark.faults
-CASES = pytest.mark.parametrize('cases', [150, pytest.param(1700, marks=pytest.mark.slow)])
+CASES = pytest.mark.parametrize('cases', [150, pytest.param(17_000, marks=pytest.mark.slow)])
 
 
 def hold(cases, what, *args, **strategies):
-    """A property, on so many cases: the same ones every time."""
-    count = [0]
-    def counted(**drawn): count[0] += 1; what(*args, **drawn)
-    always_the_same = settings(max_examples=cases, deadline=None, derandomize=True, database=None,
-                               suppress_health_check=list(HealthCheck))
-    always_the_same(given(**strategies)(counted))()
-    assert count[0] >= cases
-    print(f'{what.__name__}: {count[0]} cases')
+    """A property, on so many cases, which follow from LAD_NB_SEED; how many there were. After LAD_NB_MINUTES
+    no other 200 are begun."""
+    count, begin = 0, int(os.environ['LAD_NB_SEED'])
+    end = time.monotonic() + 60*float(os.environ.get('LAD_NB_MINUTES') or 'inf')
+    def one(**drawn):
+        nonlocal count
+        count += 1
+        what(*args, **drawn)
+    while count < cases and time.monotonic() < end:
+        how = settings(max_examples=min(cases - count, 200), deadline=None, database=None,
+                       suppress_health_check=list(HealthCheck))
+        seed(begin + count)(how(given(**strategies)(one)))()
+    print(f'{what.__name__}: {count} cases, LAD_NB_SEED={begin}')
+    return dict(cases=count)
 
 
 # text that has burned other readers: quotes, separators of other formats, what looks like missing or like a
@@ -96,8 +103,8 @@ def is_read_right(path, table):
 
 
 @CASES
-def test_what_is_written_is_read(tmp_path, cases):
-    hold(cases, is_read_right, tmp_path/'a.tsv', table=tables())
+def test_what_is_written_is_read(tmp_path, cases, counted):
+    counted(**hold(cases, is_read_right, tmp_path/'a.tsv', table=tables()))
 
 
 def oracle(raw, task, labelled):
@@ -158,8 +165,8 @@ def is_read_right_or_refused(path, table):
 
 
 @CASES
-def test_what_is_harmed_is_read_right_or_refused(tmp_path, cases):
-    hold(2*cases, is_read_right_or_refused, tmp_path/'a.tsv', table=harmed())
+def test_what_is_harmed_is_read_right_or_refused(tmp_path, cases, counted):
+    counted(**hold(2*cases, is_read_right_or_refused, tmp_path/'a.tsv', table=harmed()))
 
 
 READ_BY_PYTHON = ['1_0', '0_3', ' 3', '3 ', '٣', '+3', '1e0', 'nan', 'inf', '-0', '5.1', '', '0x3', '3,5']
@@ -209,7 +216,7 @@ def is_a_recipe_or_refused(said):
         names = asked if isinstance(said, dict) else []
         assert 'names and values' in str(e) or any(repr(n)[1:-1] in str(e) for n in names), e
         return
-    found = recipe.to_dict()
+    found = {f.name: f.default for f in FIELDS.values()} | recipe.to_dict() # later ones may be unsaid
     same = lambda a, b: a == b or isinstance(a, float) and math.isnan(a) and math.isnan(b)
     asked = {k: os.path.expanduser(v) if v and FIELDS[k].metadata['place'] else v for k, v in asked.items()}
     assert all(same(found[k], v) and (type(found[k]) is type(v)) for k, v in asked.items())
@@ -220,7 +227,8 @@ def is_a_recipe_or_refused(said):
 
 
 @CASES
-def test_recipes_of_others(cases): hold(cases, is_a_recipe_or_refused, said=recipes() | JSON)
+def test_recipes_of_others(cases, counted):
+    counted(**hold(cases, is_a_recipe_or_refused, said=recipes() | JSON))
 
 
 def is_described_or_refused(folder, at, byte, cut):
@@ -237,9 +245,9 @@ def is_described_or_refused(folder, at, byte, cut):
 
 
 @CASES
-def test_damaged_descriptions(tmp_path, cases):
+def test_damaged_descriptions(tmp_path, cases, counted):
     damage = dict(at=st.integers(0, 5000), byte=st.binary(min_size=0, max_size=2), cut=st.booleans())
-    hold(cases//2, is_described_or_refused, tmp_path, **damage)
+    counted(**hold(cases//2, is_described_or_refused, tmp_path, **damage))
 
 
 METHODS = st.sampled_from(['lad', 'lad_no', 'bert_pkd', 'alp_kd', 'layer_mean', 'kd'])
@@ -264,7 +272,8 @@ def is_a_mapping_or_refused(said):
 
 
 @CASES
-def test_mappings_of_others(cases): hold(cases, is_a_mapping_or_refused, said=mappings())
+def test_mappings_of_others(cases, counted):
+    counted(**hold(cases, is_a_mapping_or_refused, said=mappings()))
 
 
 def numbers_in(text, default):
@@ -294,8 +303,9 @@ COMMANDS = ['run_lad_distil', 'run_pkd_distill', 'run_probing_lad --probing_exp 
 
 
 @CASES
-def test_mapping_flags(cases, capsys):
-    hold(cases, are_layers_or_refused, gates=LAYERS, students=LAYERS, command=st.sampled_from(COMMANDS))
+def test_mapping_flags(cases, capsys, counted):
+    flags = dict(gates=LAYERS, students=LAYERS, command=st.sampled_from(COMMANDS))
+    counted(**hold(min(cases, 3400), are_layers_or_refused, **flags)) # a command takes long
 
 
 def test_lists_of_layers():

@@ -6,10 +6,12 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, program
+from conftest import ROOT, Counts, program
+from make_security import ROWS, Row, counts, security, told
 from transformers.trainer_pt_utils import safe_globals
 
 from lad_nb.cli import main
@@ -72,11 +74,11 @@ def test_the_poison_works(tmp_path, as_zip):
 
 
 @pytest.mark.parametrize('as_zip', [False, True])
-def test_a_poisoned_run_folder(quick, done, tmp_path, as_zip):
+def test_a_poisoned_run_folder(quick, done, tmp_path, counted, as_zip):
     """Pickles of every name beside, and in, a run and its checkpoints, with checksums made to fit: opened,
     scored, resumed, run again."""
-    marker = tmp_path/'marker'
-    for place in (done, *checkpoints(done).values()):
+    marker, places = tmp_path/'marker', [done, *checkpoints(done).values()]
+    for place in places:
         for name in PICKLES: poison(place/name, marker, as_zip)
         if place != done: write_checksums(place)
     for load in (open_run, load_encoder, load_tokenizer): load(done)
@@ -89,6 +91,7 @@ def test_a_poisoned_run_folder(quick, done, tmp_path, as_zip):
     assert not marker.exists()
     rerun(done, 'again', progress=False)
     assert not marker.exists()
+    counted(pickles=len(places)*len(PICKLES), run=0)
 
 
 @pytest.mark.parametrize('name', ['optimizer.pt', 'scheduler.pt', 'rng_state.pth'])
@@ -204,7 +207,7 @@ def slow_but(first, values):
 
 
 @pytest.mark.parametrize('name', slow_but(8, NAMES))
-def test_names_that_lead_elsewhere(quick, tmp_path, capsys, name):
+def test_names_that_lead_elsewhere(quick, tmp_path, capsys, counted, name):
     """As the experiment, the task, the kind of model, the teacher's experiment, a split; in Python and on the
     command line."""
     root = tmp_path/'deep'/'er'/'experiments'
@@ -213,6 +216,7 @@ def test_names_that_lead_elsewhere(quick, tmp_path, capsys, name):
     common = dict(experiment='a', task='toy', teacher_exp='b', device_id=-1, num_hidden_layers=2, root=root)
     for change in (place(name) for place in PLACES):
         if change == dict(model='x'*300): continue
+        counted(names=1)
         with pytest.raises((ValueError, OSError)): run(quick.replace(**change), root, progress=False)
         if '\0' in name: continue # no command line can hold it
         given = common | {k: v for k, v in change.items() if v is not None}
@@ -234,7 +238,7 @@ EVIL = "open({!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Tokenizer:
 
 
 @pytest.mark.parametrize('asks', REMOTE)
-def test_a_model_that_asks_for_code(quick, tiny, tmp_path, asks):
+def test_a_model_that_asks_for_code(quick, tiny, tmp_path, counted, asks):
     folder, (file, said) = tmp_path/'model', REMOTE[asks]
     shutil.copytree(tiny, folder)
     (folder/'evil.py').write_text(EVIL.format(str(tmp_path/'marker')))
@@ -247,6 +251,7 @@ def test_a_model_that_asks_for_code(quick, tiny, tmp_path, asks):
     for way in ways:
         with pytest.raises(ValueError, match=says): way(folder)
     assert not (tmp_path/'marker').exists() and not (tmp_path/'quick_bert_toy').exists()
+    counted(ways=len(ways), run=0)
 
 
 HOSTILE = [dict(experiment='../x'), dict(experiment=5), dict(task='../toy'), dict(lr='3e-4'),
@@ -314,3 +319,49 @@ PROMISES = ('pickle', 'safetensors', 'symbolic link', 'loopback', 'telemetry', '
 def test_what_is_promised_is_written_down():
     text = (ROOT/'SECURITY.md').read_text()
     for said in PROMISES: assert said in text, said
+
+
+def test_the_table_is_made_of_the_counts():
+    what = 'SECURITY.md is not what its tool makes: run python tools/make_security.py'
+    assert (ROOT/'SECURITY.md').read_text() == security(), what
+
+
+def test_every_test_of_the_table_is_there():
+    """And is counted in no other row."""
+    named = [name for row in ROWS for name in row.names]
+    assert len(named) == len(set(named))
+    for file, test in (name.split('::') for name in named):
+        assert f'\ndef {test}(' in (ROOT/'tests'/file).read_text(), f'{file} has no {test}'
+
+
+def report(name, outcome='passed', when='teardown', **numbers):
+    return SimpleNamespace(nodeid=f'tests/test_x.py::{name}', keywords=['faults'], outcome=outcome, when=when,
+                           duration=.1, user_properties=[('counted', numbers)] if numbers else [])
+
+
+def counted_in(file, slow, *reports):
+    counting = Counts(file, slow)
+    for one in reports: counting.pytest_runtest_logreport(one)
+    counting.pytest_sessionfinish()
+
+
+def test_counts_are_added_up(tmp_path):
+    """Over parameters and a row's tests; the long form is shown; a failure makes no table."""
+    file = tmp_path/'counts.jsonl'
+    row = Row('f', 'h', 'test_x.py::a test_x.py::b', '{kills} of {passed}', '{lost}')
+    one, two = ([report(f'a[{i}]', when='call', kills=n, lost=0), report(f'a[{i}]', kills=n, lost=0)]
+                for i, n in enumerate((3, 1300)))
+    b = [report('b', when='call'), report('b')]
+    lines = lambda: map(json.loads, file.read_text().splitlines())
+    counted_in(file, False, *one, *b)
+    assert told(row, counts(lines())) == ('3 of 2', '0', 'short')
+    counted_in(file, True, *one, *two, *b)
+    times, lost, form = told(row, counts(lines()))
+    assert (times, lost) == ('1,303 of 3', '0') and form.startswith('long, seed ')
+    counted_in(file, True, *b)
+    assert len(file.read_text().splitlines()) == 4 # a form's counts of a test are replaced
+    by_hand = Row('f', 'h', 'test_x.py::c', before=('20', '0', '0.1'))
+    assert told(by_hand, counts(lines())) == ('20', '0', 'by hand, version 0.1')
+    with pytest.raises(ValueError, match='Not counted yet: .*::c'): told(Row('f', 'h', 'test_x.py::c'), {})
+    counted_in(file, True, report('b', 'failed', 'call'))
+    with pytest.raises(ValueError, match='::b failed in its long form'): counts(lines())

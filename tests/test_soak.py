@@ -1,49 +1,80 @@
-"""Two thousand updates: memory stays flat, file handles are given back, old checkpoints go."""
+"""Two thousand updates with scores, pages and a card: memory stays flat, file handles are given back, old
+checkpoints go."""
 import gc
+import json
 
 import numpy as np
 import psutil
 import pytest
 from transformers import TrainerCallback
 
-from lad_nb.evaluation import evaluate
-from lad_nb.experiment import run
+from lad_nb.card import card
 from lad_nb.recipes import FAST
 from lad_nb.runs import checkpoints, read_log
+from lad_nb.stepper import Stepper
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 WARM_UP, BOUND = 400, 2048 # updates; bytes per update: over the 1,155 of the run book, less than 2.4 MB
+PROCESS = psutil.Process()
+
+
+def now(): return PROCESS.memory_info().rss, PROCESS.num_fds(), PROCESS.num_threads()
 
 
 class Watch(TrainerCallback):
-    """Memory and file handles every 20 updates; scores of every second checkpoint."""
-    def __init__(self): self.seen, self.scores, self.process = [], {}, psutil.Process()
+    """Memory, file handles and threads every few updates."""
+    def __init__(self, every): self.every, self.seen = every, []
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % 20: return
-        memory = self.process.memory_info().rss
-        self.seen.append((state.global_step, memory, self.process.num_fds(), self.process.num_threads()))
+        if state.global_step % self.every == 0: self.seen.append((state.global_step, *now()))
 
-    def on_save(self, args, state, control, **kwargs):
-        step = state.global_step
-        if step % 200: return
-        found = evaluate(f'{args.output_dir}/checkpoint-{step}', 'toy', max_seq_len=32, device_id=-1)
-        self.scores[step] = found['accuracy']
+
+def held_and_watched(recipe, root, page, every):
+    """The run in a Stepper, which every so often writes its page; what was seen."""
+    watch = Watch(every//10)
+    with Stepper(recipe, root) as stepper:
+        stepper.trainer.add_callback(watch)
+        while not stepper.over:
+            stepper.step(every)
+            stepper.save_html(page)
+            gc.collect()
+    assert stepper.state == 'done'
+    return stepper.folder, watch.seen
+
+
+def cards_written(folder, times):
+    """A card written anew so many times; memory and handles after each."""
+    seen = []
+    for _ in range(times):
+        card(folder, device_id=-1)
         gc.collect()
+        seen.append(now())
+    return np.array(seen).T
 
 
-def test_two_thousand_updates(quick, tmp_path):
-    watch = Watch()
-    long = dict(precision='fp32', total_step=2000, warmup_step=100, train_size=1600, ckpt_step=100,
-                keep_ckpt=3, log_step=50)
-    recipe = quick.replace(**FAST).replace(**long)
-    folder = run(recipe, tmp_path, progress=False, callbacks=[watch])
-    assert list(checkpoints(folder)) == [1800, 1900, 2000]
-    assert len(watch.scores) == 10 and len(read_log(folder)) == 40
-    step, rss, handles, threads = np.array([s for s in watch.seen if s[0] > WARM_UP]).T
+@pytest.mark.parametrize('updates', [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_many_updates(quick, tmp_path, counted, updates):
+    """Scored, saved and written as a page ten times in the long form; at the end, cards."""
+    every, long = max(updates//10, 20), updates > WARM_UP
+    recipe = quick.replace(**FAST).replace(precision='fp32', total_step=updates, warmup_step=5, keep_ckpt=3,
+                                           train_size=1600, ckpt_step=every//2, eval_step=every,
+                                           log_step=every//4)
+    page = tmp_path/'session.html'
+    folder, seen = held_and_watched(recipe, tmp_path, page, every)
+    ends = [updates - every, updates - every//2, updates]
+    scored = [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines() if 'eval_' in line]
+    assert list(checkpoints(folder)) == ends and len(read_log(folder)) >= updates//(every//4)
+    assert len(scored) == updates//every and '<svg' in page.read_text()
+    step, rss, handles, threads = np.array([s for s in seen if s[0] > updates//5]).T
     slope = np.polyfit(step, rss, 1)[0]
+    memory, after, _ = cards_written(folder, 6 if long else 2)
     print(f'{slope:.0f} bytes of memory per update over {len(step)} samples, update {step[0]} to {step[-1]} '
-          f'(RSS {rss.min()/1e6:.1f} to {rss.max()/1e6:.1f} MB); '
-          f'{handles.min()} to {handles.max()} file handles, {threads.min()} to {threads.max()} threads')
-    assert slope < BOUND
+          f'(RSS {rss.min()/1e6:.1f} to {rss.max()/1e6:.1f} MB); {handles.min()} to {handles.max()} file '
+          f'handles, {threads.min()} to {threads.max()} threads; cards: {memory/1e6} MB, {after} handles')
     assert handles.max() - handles.min() <= 2 and handles[-1] <= handles[0] + 1
+    assert threads.max() == threads.min() and after[-1] <= after[0]
+    counted(updates=updates, scores=len(scored), pages=updates//every, cards=len(memory),
+            handles_lost=max(int(handles[-1] - handles[0]), 0))
+    if not long: return
+    assert slope < BOUND and memory[-1] - memory[2] < 8e6
+    counted(bytes_an_update=round(slope), rss_from_mb=round(rss.min()/1e6), rss_to_mb=round(rss.max()/1e6))
