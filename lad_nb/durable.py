@@ -54,8 +54,11 @@ def write_text(
 # %% ../nbs/00_durable.ipynb #ae7c6c3f
 def read_json(
     path: str | Path, # of the file
+    most: int=2**28,  # bytes
 ):                    # what it says
     "Read a JSON file; `ValueError` names the file"
+    if (size := Path(path).stat().st_size) > most:
+        raise ValueError(f"{path} has {size:,} bytes and is not read: at most {most:,} were expected.")
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON: {e}") from None
 

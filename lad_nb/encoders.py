@@ -20,6 +20,7 @@ from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPI
                           PreTrainedConfig, PreTrainedModel, set_seed)
 
 from .durable import reading_weights
+from .values import shown
 from .tasks import Task, get_task
 from .models import SMALL, load_tokenizer, model_folder
 
@@ -239,7 +240,7 @@ def count_layers(
 
 def _other_weights(shapes, path, who):
     "The message for weights of something else"
-    some = ', '.join(sorted(map(str, shapes))[:3])
+    some = ', '.join(f'{shown(name):.100}' for name in sorted(map(str, shapes))[:3])
     found = f"{len(shapes)} tensors, such as {some}" if shapes else 'no tensors'
     return (f"The weights in {who} are not those that its config.json describes: there are {found}; "
             f"{path}.0 was expected.")
@@ -295,7 +296,8 @@ def name_misfits(
     said = [f'{k} is missing' for k in sorted(missing)]
     said += [f'{k} is not of this model' for k in sorted(unknown)]
     said += [f'{k} is {tuple(a)}, {tuple(b)} was expected' for k, a, b in sorted(shapes)]
-    return '; '.join(said[:6]) + (f'; and {len(said) - 6} more' if len(said) > 6 else '')
+    told = [f'{shown(one):.200}' for one in said[:6]]
+    return '; '.join(told) + (f'; and {len(said) - 6} more' if len(said) > 6 else '')
 
 # %% ../nbs/31_encoders.ipynb #d7778716
 def fit_weights(
@@ -320,7 +322,7 @@ def read_config(
     try: config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except OSError: raise
     except Exception as e: # each field has an exception of its own
-        why = ' '.join(str(e).split()) or type(e).__name__
+        why = f"{shown(' '.join(str(e).split())):.300}" or type(e).__name__
         raise ValueError(f"{folder/'config.json'} does not describe a model: {why}") from e
     layer_path(config, name)
     return config
@@ -414,15 +416,16 @@ def check_labels(
     ours = list(task.id2label.values())
     theirs = [name for _, name in sorted(config.id2label.items())] # a config may list its ids in any order
     if config.num_labels != task.num_labels:
-        raise ValueError(f"{who} has {config.num_labels} labels ({', '.join(theirs)}), the task {task.name} "
-                         f"has {task.num_labels} ({', '.join(ours)}). "
+        listed = f"{shown(', '.join(theirs)):.200}"
+        raise ValueError(f"{who} has {config.num_labels} labels ({listed}), the task {task.name} has "
+                         f"{task.num_labels} ({', '.join(ours)}). "
                          f"Take a model that was fine-tuned on {task.name}.")
     _check_label2id(config, who, task)
     if task.regression or theirs == ours: return
     if theirs == [f'LABEL_{i}' for i in range(task.num_labels)]:
         warnings.warn(f"{who} does not name its labels; {', '.join(ours)} is assumed, in this order."); return
-    raise ValueError(f"{who} answers {theirs} (in this order of ids), the task {task.name} means {ours}. "
-                     f"Take a model that was fine-tuned on {task.name} with this order of labels.")
+    raise ValueError(f"{who} answers {theirs!s:.200} (in this order of ids), the task {task.name} means "
+                     f"{ours}. Take a model that was fine-tuned on {task.name} with this order of labels.")
 
 # %% ../nbs/31_encoders.ipynb #3b4f9306
 def load_classifier(

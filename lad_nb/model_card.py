@@ -7,7 +7,7 @@ __all__ = ['MARK', 'hub_id', 'eval_results', 'dev_numbers', 'known_scores', 'siz
            'card_text', 'make_card', 'is_ours', 'write_card', 'leave_card']
 
 # %% ../nbs/34_model_card.ipynb #58d35792
-import math, os, re, warnings
+import math, os, re, shlex, warnings
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 
-from .durable import read_json, write_text
+from .durable import read_json, reading_weights, write_text
+from .values import shown
 from .tasks import GLUE, Task, get_task, task_from_dict
 from .mappings import Mapping, mapping_from_dict
 from .models import SMALL
@@ -46,6 +47,14 @@ _licences = dict.fromkeys(('google-bert', 'distilbert', 'sentence-transformers')
 _licensed = {*_renamed.values(), 'sentence-transformers/all-mpnet-base-v2'}
 
 def _licence(base): return _licences[base.partition('/')[0]] if base in _licensed else None
+
+# %% ../nbs/34_model_card.ipynb #7c8f6cd1
+def _harmless(x):
+    "Text in which nothing is markup or moves a cursor; the same for what lists and dicts hold"
+    if isinstance(x, dict): return {_harmless(k): _harmless(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [_harmless(v) for v in x]
+    if not isinstance(x, str): return x
+    return shown(re.sub(r'\s+', ' ', x)).replace('<', '&lt;').replace('`', "'")
 
 # %% ../nbs/34_model_card.ipynb #e9fda3de
 _on_hub = dict(pearson='pearsonr', spearman='spearmanr')
@@ -111,7 +120,8 @@ def size_of(
 ) -> dict:              # parameters, 'MB on disk'
     "How large a model is"
     path = Path(folder)/'model.safetensors'
-    with safe_open(path, 'pt') as f: count = sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+    with reading_weights(path), safe_open(path, 'pt') as f:
+        count = sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
     return {'parameters': count, 'MB on disk': round(path.stat().st_size/1e6, 1)}
 
 # %% ../nbs/34_model_card.ipynb #5e21ba02
@@ -144,7 +154,7 @@ def method_in_words(
 # %% ../nbs/34_model_card.ipynb #117709c6
 def _plain(x):
     "A value in a table of Markdown: no cell ends early, nothing becomes HTML"
-    return re.sub(r'\s+', ' ', str(x)).replace('|', r'\|').replace('<', '&lt;').replace('`', "'")
+    return _harmless(str(x)).replace('|', r'\|')
 
 def _table(head, rows):
     lines = [head, ['---']*len(head), *rows]
@@ -187,7 +197,7 @@ def _chosen_said(step, metric=None, on=None, **_):
 def _rows_said(said, task):
     "What it was trained on"
     rows, recipe = said.get('rows') or {}, said['recipe']
-    split = f"the {recipe.get('dataset', 'train')} split of {task.folder}"
+    split = f"the {recipe.get('dataset', 'train')} split of {_plain(task.folder)}"
     of = 'given in Python' if rows.get('given') else split
     missing = f", {rows['unlabelled']:,} of them without a label" if rows.get('unlabelled') else ''
     count = f"{rows['count']:,} rows" if isinstance(rows.get('count'), int) else 'rows'
@@ -209,7 +219,7 @@ def _losses_said(recipe, task):
 # %% ../nbs/34_model_card.ipynb #a1e13628
 def _tags(said):
     "What the hub's search finds it by"
-    method = str(said['recipe']['method']).replace('_', '-')
+    method = _harmless(str(said['recipe']['method'])).replace('_', '-')
     taught = ['knowledge-distillation'] + ['layer-wise-adaptive-distillation']*method.startswith('lad')
     return ['lad_nb', method, *(taught if said.get('teacher') else [])]
 
@@ -230,7 +240,7 @@ def card_data(
         **based, datasets=['nyu-mll/glue'] if glue else None, language='en' if english else None,
         metrics=[_on_hub.get(m, m) for m in task.metrics], library_name='transformers',
         pipeline_tag='text-classification', tags=_tags(said),
-        **(dict(model_name=name, eval_results=eval_results(task, scores)) if scores else {}))
+        **(dict(model_name=_harmless(name), eval_results=eval_results(task, scores)) if scores else {}))
 
 # %% ../nbs/34_model_card.ipynb #b8ffdff3
 _whose = dict(student='this model', teacher='its teacher')
@@ -248,7 +258,7 @@ def _measured_table(measured):
 _load = '''```python
 from transformers import pipeline
 
-model = '{name}' # this folder, or the name of its repository on the hub
+model = {name!r} # this folder, or the name of its repository on the hub
 classify = pipeline('text-classification', model)
 classify({texts})
 ```'''
@@ -274,7 +284,7 @@ def _rerunning(said, name):
     teacher = '' if not taught else ', once its teacher is where `recipe.json` says'
     ours = known.get('lad_nb')
     code = f" {_plain(ours['version'])}" if isinstance(ours, dict) and 'version' in ours else ''
-    return _again.format(name=name, teacher=teacher, code=code, **versions)
+    return _again.format(name=shlex.quote(shown(name)), teacher=teacher, code=code, **versions)
 
 # %% ../nbs/34_model_card.ipynb #221ca8ed
 def _opening(said, task, config):
@@ -318,11 +328,11 @@ def card_text(
     root: str | Path='',     # the folder of experiments
 ) -> str:                    # Markdown, without the metadata
     "What a card says to people"
-    task = _task_of(said)
+    task, said, config = _task_of(said), _harmless(said), _harmless(config)
     shares = _picture.format(picture) if picture else ''
     scored = any(k not in _numbers for found in measured.values() for k in found)
     unscored = '' if scored else '\n\nIt has not been scored on dev yet.'
-    parts = [MARK, f'# {name}', _opening(said, task, config),
+    parts = [MARK, f'# {_plain(name)}', _opening(said, task, config),
              '## What it learned from, and how', _learning(said, task, root) + shares,
              '## How good, how large', _measured_table(measured) + unscored,
              '## How to load it', _loading(name, task), '## How to train it again', _rerunning(said, name),
@@ -330,16 +340,8 @@ def card_text(
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/34_model_card.ipynb #dcd9169b
-def make_card(
-    folder: str | Path,       # a finished run
-    log: list=(),             # its log's lines
-    measured: dict | None=None, # as in `card_text`; what the folder knows, by default
-    picture: str | None=None, # as in `card_text`
-) -> ModelCard | None:        # None for a folder without a recipe
-    "A run's card; nothing is computed and nobody is asked"
-    folder = Path(folder)
-    said = read_json(folder/'recipe.json')
-    if not said.get('recipe'): return None
+def _card_of(folder, said, log, measured, picture):
+    "The card of a run that says so of itself"
     task, ending = _task_of(said), folder/'ending.json' # of a run that ended early, or with its best
     said |= dict(ending=read_json(ending) if ending.is_file() else {})
     if measured is None:
@@ -350,6 +352,21 @@ def make_card(
     data = card_data(said, name, _scores(task, measured['student']), root)
     text = card_text(said, name, config, measured, picture, root)
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}')
+
+def make_card(
+    folder: str | Path,       # a finished run
+    log: list=(),             # its log's lines
+    measured: dict | None=None, # as in `card_text`; what the folder knows, by default
+    picture: str | None=None, # as in `card_text`
+) -> ModelCard | None:        # None for a folder without a recipe
+    "A run's card; nothing is computed and nobody is asked. `ValueError` for a recipe.json of something else"
+    folder = Path(folder)
+    said = read_json(folder/'recipe.json')
+    if not said.get('recipe'): return None
+    try: return _card_of(folder, said, log, measured, picture)
+    except (KeyError, TypeError, AttributeError) as e:
+        why = f"{type(e).__name__}: {shown(e):.200}"
+        raise ValueError(f"{folder/'recipe.json'} does not describe a run ({why}).") from e
 
 # %% ../nbs/34_model_card.ipynb #5440bde4
 def is_ours(

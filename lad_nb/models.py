@@ -21,7 +21,7 @@ from .data import check_vocabulary
 # %% ../nbs/30_models.ipynb #8a5e28a3
 def _read_settings(path):
     "The settings in a JSON file, none if there is no file; `ValueError` unless they are names and values"
-    said = read_json(path) if path.is_file() else {}
+    said = read_json(path, most=2**24) if path.is_file() else {}
     if not isinstance(said, dict):
         raise ValueError(f"{path} holds no settings: names and values were expected.")
     return said
@@ -32,7 +32,7 @@ def _check_code(path, said):
     code = [k for k in ('auto_map', 'custom_pipelines') if said.get(k)]
     code += [k for k, v in said.items() if k.endswith('attn_implementation') and '/' in str(v)]
     if code:
-        asked = ', '.join(f'{k}: {said[k]}' for k in code)
+        asked = ', '.join(f'{k}: {said[k]!r:.200}' for k in code)
         raise ValueError(f"{path} asks for code from elsewhere ({asked}). lad_nb runs no code of model "
                          "folders. If the weights are a plain BERT, take these entries out.")
 
@@ -81,6 +81,16 @@ def _check_held(path, sizes, least):
                          f"bytes. The file beside it has {held:,} bytes: they are not of one model "
                          f"({', '.join(f'{name} {n}' for name, n in sizes.items())}).")
 
+# %% ../nbs/30_models.ipynb #c2a563a8
+_longest = 2**28 # bytes
+
+def _check_lengths(folder):
+    "`ValueError` for a file that would be read whole, and is too long for that"
+    for path in sorted(p for p in folder.iterdir() if p.suffix in ('.json', '.txt', '.model')):
+        if path.is_file() and (size := path.stat().st_size) > _longest:
+            raise ValueError(f"{path} has {size:,} bytes and is not read: at most {_longest:,} were expected "
+                             "of a model's settings and vocabulary. Take it out, or take another copy.")
+
 # %% ../nbs/30_models.ipynb #a9dd5961
 def check_model(
     folder: str | Path, # with config.json
@@ -88,6 +98,7 @@ def check_model(
     "`ValueError` for a model folder that asks for code, that links to files elsewhere, or that is damaged"
     folder = Path(folder)
     check_links(folder)
+    _check_lengths(folder)
     check_damage(folder)
     for path in (folder/'config.json', folder/'tokenizer_config.json'):
         said = _read_settings(path)
@@ -166,9 +177,9 @@ def weights_hash(
 def _open_tokenizer(folder):
     "transformers' tokenizer of a folder; whatever is wrong with it as one `ValueError`"
     try: return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError): raise
+    except OSError: raise
     except Exception as e: # tokenizers raises nothing finer
-        why = f"{' '.join(str(e).split()):.300}"
+        why = f"{' '.join(str(e).split()):.300}" or type(e).__name__
         raise ValueError(f"The tokenizer in {folder} does not load: {why}") from e
 
 # %% ../nbs/30_models.ipynb #02f568cb

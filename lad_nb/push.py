@@ -6,8 +6,9 @@
 __all__ = ['files_to_push', 'push']
 
 # %% ../nbs/73_push.ipynb #413ef195
-import contextlib
+import contextlib, os, shutil, tempfile
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 from huggingface_hub import HfApi, get_session, get_token
@@ -15,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from .durable import CHECKSUMS, check_links, find_damage, read_json
+from .values import shown
 from .model_card import leave_card, make_card
 from .runs import read_log, run_description
 from .card import PICTURE
@@ -50,6 +52,26 @@ def files_to_push(
         sizes['README.md'] = len(str(make_card(folder, read_log(folder))).encode())
     return pd.DataFrame(sorted(sizes.items()), columns=['file', 'bytes'])
 
+# %% ../nbs/73_push.ipynb #14b66861
+def _take(path, to):
+    "Put a file in another place as well; a link stays a link"
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try: os.link(path, to, follow_symlinks=False)
+    except (OSError, NotImplementedError): shutil.copy2(path, to, follow_symlinks=False)
+    else:
+        if not os.path.samestat(os.lstat(path), os.lstat(to)): raise ValueError(f"{path} is being changed.")
+    if to.is_symlink(): raise ValueError(f"{path} has become a link: nothing was sent.")
+
+@contextlib.contextmanager
+def _set_aside(folder, names):
+    "A folder that has these files and no others, for a while"
+    place = tempfile.mkdtemp(prefix='.sending-', dir=folder if os.access(folder, os.W_OK) else None)
+    try:
+        for name in names: _take(folder/name, Path(place)/name)
+        check_links(folder)
+        yield Path(place)
+    finally: shutil.rmtree(place)
+
 # %% ../nbs/73_push.ipynb #dc9c5ff5
 _no_token = ("There is no token for the hub, and nothing can be sent without one. Make one with the right to "
              "write at https://huggingface.co/settings/tokens, then: hf auth login (or set HF_TOKEN).")
@@ -61,7 +83,8 @@ _refused = ("The hub refused {} (status {}). 401: log in again (hf auth login); 
 # %% ../nbs/73_push.ipynb #fa869b5f
 def _without(token, text):
     "A message of the hub in one line, without the token"
-    return ' '.join(str(text).replace(token, '***').split())[:300]
+    for form in (token, repr(token)[1:-1], quote(token, safe='')): text = str(text).replace(form, '***')
+    return shown(' '.join(text.split()))[:300]
 
 @contextlib.contextmanager
 def _asking(repo, api, token):
@@ -73,7 +96,8 @@ def _asking(repo, api, token):
         raise PermissionError(_refused.format(repo, status, _without(token, e))) from None
     except (OSError, ValueError) as e: raise OSError(f'{repo} was not sent: {_without(token, e)}') from None
     except Exception as e: # httpx has its own kinds
-        raise ConnectionError(_silent.format(api.endpoint, type(e).__name__)) from None
+        place = _without(token, api.endpoint)
+        raise ConnectionError(_silent.format(place, type(e).__name__)) from None
 
 # %% ../nbs/73_push.ipynb #be8076f6
 def _check_repo(repo):
@@ -84,7 +108,7 @@ def _check_repo(repo):
 
 def _writer(endpoint, token):
     "An `HfApi` with a token; `PermissionError` without one"
-    token = token or get_token()
+    token = (token or get_token() or '').strip()
     if not token: raise PermissionError(_no_token)
     return HfApi(endpoint, token=token), token
 
@@ -105,8 +129,8 @@ def push(
     with _asking(repo, api, token): get_session().head(api.endpoint, timeout=5)
     leave_card(folder, read_log(folder))
     names = list(files_to_push(folder, everything).file)
-    with _asking(repo, api, token):
+    with _set_aside(folder, names) as listed, _asking(repo, api, token):
         made = api.create_repo(repo, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, allow_patterns=names,
+        api.upload_folder(repo_id=made.repo_id, folder_path=listed,
                           commit_message=f'{folder.resolve().name}, with lad_nb')
-    return str(made)
+    return _without(token, made)

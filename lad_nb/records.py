@@ -14,6 +14,7 @@ import pandas as pd, torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .values import shown
 from .losses import has_label
 from .distiller import Distiller
 from .encoders import parts_of
@@ -138,7 +139,7 @@ def _group_lines(r):
 # %% ../nbs/57_records.ipynb #00e247f3
 def _example_line(e):
     teacher = '' if e.teacher is None else f'teacher {e.teacher:.2f}, '
-    return f'  {teacher}student {e.student:.2f} for {e.label}: {e.text}'
+    return f'  {teacher}student {e.student:.2f} for {shown(e.label)}: {shown(e.text)}'
 
 # %% ../nbs/57_records.ipynb #5282db5e
 def record_text(

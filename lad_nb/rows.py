@@ -7,6 +7,7 @@ __all__ = ['Rows', 'text_columns', 'given_label', 'rows_of', 'count_unlabelled',
 
 # %% ../nbs/13_rows.ipynb #d6c1e8af
 from functools import partial
+from numbers import Number
 
 import pandas as pd
 from datasets import Dataset
@@ -37,20 +38,22 @@ def text_columns(
 # %% ../nbs/13_rows.ipynb #5e5f150a
 def _no_label(value):
     "Whether a label is missing"
-    return value is None or value is pd.NA or value is pd.NaT or value != value or value == -1
+    number = isinstance(value, Number) and (value != value or value == -1)
+    return number or value is None or value is pd.NA or value is pd.NaT
 
 # %% ../nbs/13_rows.ipynb #5a89ce9d
 def _class_id(task, value):
     "The id that a label means; None if it means none of the task's"
-    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value)
-    if whole: return int(value) if 0 <= value < task.num_labels else None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number: return int(value) if value in range(task.num_labels) else None
     for names in (task.labels, task.written):
-        if value in names: return names.index(value)
+        if isinstance(value, str) and value in names: return names.index(value)
 
 # %% ../nbs/13_rows.ipynb #44e1df6a
 def _check_clear(task, value, where):
     "`ValueError` for a number that is the id of one label and the name of another"
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value: return
+    if not isinstance(value, (int, float)) or isinstance(value, bool): return
+    if not abs(value) < 2**53: return # NaN, or the id of nothing
     name = f'{value:g}'
     if name in task.labels and task.labels.index(name) != value:
         raise ValueError(f"{where}: the label is {name}, which may be an id or the label named {name!r}, "
@@ -61,6 +64,12 @@ def _score(value):
     "A score from 0 to 5; None for anything else"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if number and 0 <= value <= 5 else None
+
+# %% ../nbs/13_rows.ipynb #b3ecc0bb
+def _briefly(value):
+    "What was given, in at most 60 characters"
+    try: return f'{shown(repr(value)):.60}'
+    except Exception: return f'a {type(value).__name__}'
 
 # %% ../nbs/13_rows.ipynb #f04b4506
 def given_label(
@@ -76,15 +85,20 @@ def given_label(
     if found is not None: return found
     names = ', '.join(f'{i} ({name})' for i, name in task.id2label.items())
     allowed = 'a number from 0 to 5' if task.regression else names
-    raise ValueError(f"{where}: the label is {shown(repr(value)):.60}; {allowed} is allowed, and None for a "
-                     "row without a label.")
+    raise ValueError(f"{where}: the label is {_briefly(value)}; {allowed} is allowed, and None for a row "
+                     "without a label.")
 
 # %% ../nbs/13_rows.ipynb #33ac6260
 def _text(task, value, name, where):
     "A text, as it is"
-    if isinstance(value, str) and value.strip(): return value
-    raise ValueError(f"{where}: {name!r} is {shown(repr(value)):.60}; a text was expected. Fill it in or "
-                     "drop the row.")
+    if isinstance(value, str) and value.strip() and _can_be_written(value): return value
+    raise ValueError(f"{where}: {name!r} is {_briefly(value)}; a text was expected. Fill it in or drop the "
+                     "row.")
+
+def _can_be_written(text):
+    "Not with half a character, as a text that was cut in UTF-16 has"
+    try: return text.encode() is not None
+    except UnicodeEncodeError: return False
 
 # %% ../nbs/13_rows.ipynb #35d3eaf1
 def _inner(batch, numbers, task, texts, label, names, called=None):

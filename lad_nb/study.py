@@ -430,9 +430,10 @@ def _on_worker(job, one, **how):
     try: return one(job, **how)
     except FolderInUse: return None
 
-def _fetch(get, root, results):
-    "Write down what a worker returns; a line that is written already stays"
+def _fetch(get, root, results, job):
+    "Write down what a worker returns for a job; a line that is written already stays"
     if (line := get()) is None: raise FolderInUse("Another process has the run.")
+    if run_key(line) != run_key(job): raise ValueError("The executor returned the line of another run.")
     if (name := line.pop('folder', None)) is None: return line # another study was first
     try:
         with lock_folder(Path(root)/name): return _write_down(line, Path(root)/name, results)
@@ -443,7 +444,7 @@ def _run_elsewhere(todo, executor, root, results):
     "The jobs as they are done on an executor, each with a function that writes down its line"
     one = partial(_on_worker, one=partial(_one, keep=False), root=root, results=results)
     with closing(run_on(executor, todo, one)) as runs:
-        for job, get in runs: yield job, partial(_fetch, get, root, results)
+        for job, get in runs: yield job, partial(_fetch, get, root, results, job)
 
 # %% ../nbs/62_study.ipynb #f303abc5
 def _freed(held, root, seconds=1.):
