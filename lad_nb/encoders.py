@@ -415,6 +415,9 @@ def check_labels(
     task = get_task(task)
     ours = list(task.id2label.values())
     theirs = [name for _, name in sorted(config.id2label.items())] # a config may list its ids in any order
+    if odd := [name for name in [*theirs, *(config.label2id or {})] if not isinstance(name, str)]:
+        raise ValueError(f"{who} calls a label {odd[0]!r}; names of labels are text. Correct id2label and "
+                         "label2id in its config.json.")
     if config.num_labels != task.num_labels:
         listed = f"{shown(', '.join(theirs)):.200}"
         raise ValueError(f"{who} has {config.num_labels} labels ({listed}), the task {task.name} has "

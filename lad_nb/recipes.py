@@ -423,8 +423,8 @@ def check_recipe(
     "`ValueError` for what can be said against a recipe without opening a file"
     from lad_nb.distiller import check_weights
     if not is_dataclass(recipe): # a class defined anew in a notebook is as good
-        raise ValueError(f"A {type(recipe).__name__} is no recipe. Make one: Recipe(experiment, task=.., ..), or "
-                         "recipe_from_dict(d) of what a recipe.json holds.")
+        raise ValueError(f"A {type(recipe).__name__} is no recipe. Make one: Recipe('name', task=..), "
+                         "or recipe_from_dict(d) of what a recipe.json holds.")
     check_names(recipe)
     check_padding(recipe)
     if recipe.method == 'undistilled': check_layers_given(recipe)

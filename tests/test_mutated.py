@@ -85,7 +85,6 @@ def test_configs_of_others(tiny, tmp_path, cases, counted):
     counted(**hold(cases//5, is_a_model_or_refused, folder, said=one_changed(said)))
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason='_check_label2id sorts names that are no text')
 def test_labels_that_are_no_text(tiny, tmp_path):
     """What the test above found with LAD_NB_SEED=85994."""
     folder = shutil.copytree(tiny, tmp_path/'model')

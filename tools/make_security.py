@@ -157,6 +157,32 @@ ROWS = [
     Row('Models that ask for code', 'refused by all who load, nothing run',
         'test_security.py::test_a_model_that_asks_for_code', '{passed} models, {ways} loads',
         '{run} were run'),
+    Row("A model's files: headers that say 2**60 bytes, settings nested 10,000 deep or of 1 GB, code asked "
+        'for in eight families and seven ways, names that would repaint a terminal',
+        'refused by all who load, by name, before it is read; nothing run',
+        'test_hostile.py::test_headers_that_lie test_hostile.py::test_settings_that_are_nested '
+        'test_hostile.py::test_settings_that_are_long test_hostile.py::test_families_that_ask_for_code '
+        'test_hostile.py::test_code_that_nobody_looks_for '
+        'test_hostile.py::test_messages_that_would_repaint_a_terminal', '{tried} cases'),
+    Row('Rows: labels that are NaN, infinite or tables, nested features, texts with half a character; '
+        'HTML, scripts and terminal escapes in sentences and in what a card says',
+        'refused by row, or shown as text in panel, page, printed record and card',
+        'test_hostile.py::test_labels_and_texts_that_are_none '
+        'test_hostile.py::test_datasets_with_nested_features test_hostile.py::test_the_panel_shows_text '
+        'test_hostile.py::test_a_page_of_its_own_shows_text '
+        'test_hostile.py::test_a_card_of_somebody_elses_run '
+        'test_hostile.py::test_a_run_folder_with_a_name_of_somebody_else', '{tried} cases'),
+    Row('A push to a hub (a server here): names that are patterns, files that change meanwhile, links, '
+        'answers and addresses that say the token',
+        'what arrives was listed; the token is in no output, message, log, card or file',
+        'test_hostile.py::test_what_is_sent_was_listed '
+        'test_hostile.py::test_a_folder_that_changes_while_it_is_sent '
+        'test_hostile.py::test_a_link_among_the_files test_hostile.py::test_the_token_is_not_told '
+        'test_hostile.py::test_a_token_that_is_none', '{tried} cases', '0 files, 0 tokens'),
+    Row('Workers of an executor that die, hang, return a line twice or that of another run',
+        'an error for each job that is lost, Ctrl-C gets out, one line kept',
+        'test_hostile.py::test_a_worker_that_dies test_hostile.py::test_a_worker_that_hangs '
+        'test_hostile.py::test_a_line_that_comes_twice_in_short', '{tried} cases', '0 lines'),
     Row('Hostile recipes and descriptions in a run that somebody sent', 'refused, nothing changed',
         'test_security.py::test_hostile_recipes test_security.py::test_a_description_that_is_none '
         'test_security.py::test_a_run_that_names_a_teacher_elsewhere '
