@@ -4,14 +4,20 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+# What a shell starts in its background ignores Ctrl-C, and so does all that it starts: not what is tested here
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 ROOT = Path(__file__).parents[1]

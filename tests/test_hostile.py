@@ -572,6 +572,7 @@ def die(job):
     return job
 
 
+@pytest.mark.slow  # it forks, and the next one interrupts: not beside the threads of all other tests
 def test_a_worker_that_dies(record_property):
     """Its job, and those that went with it, end in an error; none hangs, none is left out."""
     jobs = ['fine', 'dies', 'later', 'latest']
@@ -609,6 +610,7 @@ def interrupted(seconds=.3):
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [Future, Ticket])
 def test_a_worker_that_hangs(record_property, kind):
     """Nobody can tell that from a long job: it is waited for. Ctrl-C gets out, nothing is left waiting."""

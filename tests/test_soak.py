@@ -52,7 +52,8 @@ def cards_written(folder, times):
     return np.array(seen).T
 
 
-@pytest.mark.parametrize('updates', [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('updates', [60, 2000])
 def test_many_updates(quick, tmp_path, counted, updates):
     """Scored, saved and written as a page ten times in the long form; at the end, cards."""
     every, long = max(updates//10, 20), updates > WARM_UP
