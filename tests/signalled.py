@@ -63,13 +63,16 @@ MOMENTS = ['recipe.json', 'checkpoint-5', 'time', '.writing', '.final', 'README.
 LAST = 'as Python ends'
 
 
-def wrong(status, said, signals):
-    """What is wrong with how a command ended; None if nothing is. For one that is done they come too late."""
+def wrong(status, said, signals, early=False):
+    """What is wrong with how a command ended; None if nothing is. For one that is done they come too late.
+
+    `early`: perhaps while it starts, when there is no run yet to go on with.
+    """
     if 'Traceback' in said or 'Exception ignored' in said: return 'a traceback'
     lines = [line for line in said.splitlines() if line.startswith('lad-nb: ')]
     if status == 0: return 'a line, and exit 0' if lines else None
     if status not in [128 + s for s in signals]: return f'exit {status}'
-    if len(lines) != 1 or '--resume' not in lines[0]: return f'lines: {lines}'
+    if len(lines) != 1 or not (early or '--resume' in lines[0]): return f'lines: {lines}'
 
 
 class Trials:
@@ -100,7 +103,7 @@ class Trials:
             if status != 0: self.ended.append(f'{moment} {signal.Signals(status - 128).name}'
                                               if 128 < status < 160 else f'{moment} {status}')
             if status != 0: self.three += len(signals) == 3
-            if what := wrong(status, said, signals):
+            if what := wrong(status, said, signals, early=moment == 'time'):
                 self.problems.append(f'{name}: {moment}, {signals}: {what}: {said[-1500:]}')
             if len(self.problems) > 9 or status not in (0, 129, 130, 143): break
         found, whole = (self.folder/f'{n}_bert_toy' for n in (name, 'whole'))

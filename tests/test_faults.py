@@ -136,7 +136,8 @@ def test_killed_at_random_moments(tiny, tmp_path, seed, counted, updates, kills)
     counted(kills=said['kills'], studies=said['rounds'], **{f'{k}_lost': n for k, n in said['lost'].items()})
 
 
-@pytest.mark.parametrize('updates, signals', [(10, 3), pytest.param(30, 60, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in short, while it starts: test_values
+@pytest.mark.parametrize('updates, signals', [(10, 3), (30, 60)])
 def test_signals_at_random_moments(tiny, tmp_path, seed, counted, updates, signals):
     """Ctrl-C, SIGTERM and SIGHUP to the command: before the first update, within one, as a checkpoint, the
     final student or the card is written, some three in a row. One line, 128 and the signal's number, no
