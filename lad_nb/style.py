@@ -155,6 +155,14 @@ def _inches(width, figure):
     return inches
 
 # %% ../nbs/52_style.ipynb #fe70feef
+def _settle(figure):
+    "Lay a figure out until its layout stays: each begins at the one before"
+    before, now = None, []
+    for _ in range(30):
+        if now == before: break
+        figure.draw_without_rendering()
+        before, now = now, [ax.get_position().bounds for ax in figure.axes]
+
 @contextlib.contextmanager
 def _laid_out(figure, inches, height):
     "A figure of another size while the block runs; titles that would be cut break once more"
@@ -162,11 +170,11 @@ def _laid_out(figure, inches, height):
     numbers = {text: text.get_size() for ax in figure.axes for text in ax.texts}
     figure.set_size_inches(inches, height or size[1])
     try:
-        figure.draw_without_rendering() # constrained layouts say only now how wide their Axes are
+        _settle(figure) # constrained layouts say only now how wide their Axes are
         for ax, title in titles.items():
             ax.title.set_text(wrapped(title, inches_wide(ax), ax.title.get_size()))
             fit_numbers(ax, inches_wide(ax))
-        for _ in range(4): figure.draw_without_rendering() # a layout begins at the one before: until it stays
+        _settle(figure)
         yield
     finally:
         figure.set_size_inches(size)
