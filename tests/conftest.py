@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-# What a shell starts in its background ignores Ctrl-C, and so does all that it starts: not what is tested here
-if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+# What a shell starts in its background ignores Ctrl-C, and so does all that it starts; tests need it
+in_main = threading.current_thread() is threading.main_thread()
+if in_main and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
