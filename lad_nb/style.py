@@ -15,7 +15,7 @@ from textwrap import fill
 
 import matplotlib.pyplot as plt, numpy as np, seaborn as sns
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import to_rgb
+from seaborn.utils import relative_luminance
 
 # %% ../nbs/52_style.ipynb #62c8a977
 SCREEN, COLUMN, PAGE = 6.5, 3.3, 6.9 # inches: the text of a notebook, a column and the page of a paper
@@ -39,11 +39,8 @@ VERDICT_COLOURS = {'better': '#0072B2', 'worse': '#D55E00', 'the same': '#009E73
 # %% ../nbs/52_style.ipynb #d21495ac
 def contrast(one, other) -> float: # of any two matplotlib colours: 1 (none) to 21
     "How far two colours stand apart, as WCAG 2.1 defines it"
-    def luminance(colour):
-        rgb = np.array(to_rgb(colour))
-        return np.where(rgb <= .04045, rgb/12.92, ((rgb + .055)/1.055)**2.4) @ (.2126, .7152, .0722)
-    darker, lighter = sorted([luminance(one), luminance(other)])
-    return float((lighter + .05)/(darker + .05))
+    darker, lighter = sorted(map(relative_luminance, (one, other)))
+    return (lighter + .05)/(darker + .05)
 
 def ink(ground) -> str: # of letters
     "White or black: what is read best on a colour"
@@ -114,16 +111,16 @@ def new_panels(
 def fit_numbers(
     ax,            # with a heat map of seaborn, and numbers in it; others are left as they are
     inches: float, # how wide it is
-) -> float:        # points: of numbers that fit, at most `TEXT`
+):
     "Numbers that can be read on their cells, and stay in them"
     mesh = next((c for c in ax.collections if isinstance(c, QuadMesh)), None)
-    if mesh is None: return TEXT
+    if mesh is None: return
     cells = np.ma.atleast_2d(mesh.get_array())
     points = min(TEXT, 72*inches/cells.shape[1]/(.6*5)) # '-0.35' has five characters
     for text in ax.texts:
+        if text.get_transform() != ax.transData: continue # beside the cells: the name of a block
         column, row = (int(place) for place in text.get_position())
         text.set(size=points, color=ink(mesh.cmap(mesh.norm(cells[row, column]))))
-    return points
 
 # %% ../nbs/52_style.ipynb #3393099a
 def check_not_empty(frame, what: str):
