@@ -4,6 +4,7 @@ python another_machine.py FOLDER: has the folder until a line comes in.
 python another_machine.py FOLDER MODEL NAME UPDATES: works on the study of two_processes.py, in FOLDER.
 """
 import fcntl
+import socket
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lad_nb import leases
 
 def main(folder, model=None, name='node17', updates=0):
     fcntl.flock = lambda *_: None  # the lock is had, and nobody else knows
-    leases.machine, leases.BEAT = lambda: name, .2
+    socket.gethostname, leases.LEASE = lambda: name, 2.
     if model:
         import two_processes
         return two_processes.main(folder, model, 1, updates)
