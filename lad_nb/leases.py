@@ -41,7 +41,7 @@ def hold_folder(
         if not _take(lease, 0):
             if wait is None:
                 where = lease.owner.hostname if lease.owner else 'another machine'
-                raise FolderInUse(f"{folder} is in use on {where}. Wait until that has ended; if that machine "
+                raise FolderInUse(f"{folder} is in use on {where}. Wait until that has ended; if it has "
                                   f"died, wait {LEASE:.0f} seconds, or take {lease.lock_file} away.")
             wait()
             _take(lease, -1)

@@ -16,13 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
 from api_pages import PACKAGE, Module, api_page
+from make_badges import settings
 from nbformat.v4 import new_markdown_cell
 
 ROOT = Path(__file__).parents[1]
@@ -42,9 +42,8 @@ FOLDERS = {'tutorials': 'Tutorials', 'guides': 'How to', 'analyses': 'Results', 
 
 def repository():
     "The address of the project's files on the web."
-    config = ConfigParser(delimiters=['='])
-    config.read(ROOT/'settings.ini', encoding='utf-8')
-    return f"{config['DEFAULT']['git_url']}/blob/{config['DEFAULT']['branch']}"
+    said = settings()
+    return f"{said['git_url']}/blob/{said['branch']}"
 
 
 # What is on the site
