@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['CHECKSUMS', 'LOCK', 'write_aside', 'write_text', 'read_json', 'append_line', 'clear_place', 'new_folder', 'file_hash',
            'write_checksums', 'find_damage', 'commit_folder', 'remove_folder', 'check_damage', 'reading_weights',
-           'load_weights', 'lock_file', 'FolderInUse', 'lock_folder', 'end_with_parent', 'held_back', 'check_links',
-           'linked_out']
+           'load_weights', 'lock_file', 'FolderInUse', 'lock_folder', 'check_links', 'linked_out']
 
 # %% ../nbs/00_durable.ipynb #52820e86
-import contextlib, ctypes, errno, hashlib, json, multiprocessing, os, shutil, signal, sys, threading, time
+import contextlib, errno, hashlib, json, os, shutil, sys, threading, time
 from functools import lru_cache
 from pathlib import Path
 
@@ -278,30 +277,6 @@ def lock_folder(
         mine.add(place)
         try: yield
         finally: mine.remove(place)
-
-# %% ../nbs/00_durable.ipynb #7ab603bc
-def _watch(parent):
-    "End when a pipe to the parent closes: on every system, and for a parent that is gone already"
-    parent.join()
-    os._exit(1)
-
-# %% ../nbs/00_durable.ipynb #b917249a
-def end_with_parent():
-    "End this process, as if killed, when the process that started it is gone, however that ended"
-    parent = multiprocessing.parent_process()
-    if parent is None: return
-    if sys.platform == 'linux': # PR_SET_PDEATHSIG: not even a busy process misses it
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-
-# %% ../nbs/00_durable.ipynb #7a3c4d49
-@contextlib.contextmanager
-def held_back():
-    "Processes that are started meanwhile see neither Ctrl-C nor a terminal's end; SIGTERM ends them"
-    if not hasattr(signal, 'pthread_sigmask'): yield; return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
-    try: yield
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../nbs/00_durable.ipynb #67cbc451
 def _everything(folder):
