@@ -8,7 +8,7 @@ __all__ = ['CHECKSUMS', 'LOCK', 'write_aside', 'write_text', 'read_json', 'appen
            'load_weights', 'lock_file', 'FolderInUse', 'lock_folder', 'check_links', 'linked_out']
 
 # %% ../nbs/00_durable.ipynb #52820e86
-import contextlib, errno, hashlib, json, os, shutil, sys, threading, time
+import contextlib, errno, hashlib, json, os, shutil, threading, time
 from functools import lru_cache
 from pathlib import Path
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import lad_nb.cache
 import lad_nb.durable
-import lad_nb.study
+import lad_nb.jobs
 from lad_nb.card import PICTURE, card
 from lad_nb.recipes import FAST, Recipe
 from lad_nb.results import read_results
@@ -95,13 +95,13 @@ def watch(folder, end):
         return Torn(file, end) if set(mode) & set('wax') else file
     sys.addaudithook(look)
     for module in (lad_nb.durable, lad_nb.cache): module.open = torn_open
-    take = lad_nb.study.snapshot
+    take = lad_nb.jobs.snapshot
     def snapshot(*what):
         for moment in (lambda: None, lambda: take(*what)): # before it is taken, and after
             found = moment()
             if end('snapshot', 'taken'): kill_myself()
         return found
-    lad_nb.study.snapshot = snapshot
+    lad_nb.jobs.snapshot = snapshot
 
 
 def run_folder(folder, name): return folder/name/f'{name}_LAD_42_bert_toy'

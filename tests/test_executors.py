@@ -143,7 +143,7 @@ def test_a_job_that_fails_on_a_worker(tiny, tmp_path):
     few = replace(study(tiny, 6), seeds=(42,))
     bad = replace(few, methods=few.methods | dict(bad=dict(method='lad', lr=1e-3, num_hidden_layers=3)))
     with ThreadPoolExecutor(1) as executor:
-        with pytest.raises(RuntimeError, match='(?s)1 runs failed, the others are done.*toy bad seed 42'):
+        with pytest.raises(RuntimeError, match='(?s)1 run failed, the others are done.*toy bad seed 42'):
             run_study(bad, tmp_path, tmp_path/'results', say=silent, executor=executor)
     assert {method for _, method, _ in scores(tmp_path/'results')} == {'teacher', 'LAD', 'KD'}
 

@@ -670,7 +670,7 @@ def test_a_study_on_workers_that_hang_or_mix_up(tiny, tmp_path, record_property)
     with pytest.raises(KeyboardInterrupt):
         run_study(few, tmp_path, tmp_path/'results', say=said.append, executor=Hangs())
     assert not (tmp_path/'results'/'runs.jsonl').exists()
-    with Mixed(1) as executor, pytest.raises(RuntimeError, match='1 runs failed'):
+    with Mixed(1) as executor, pytest.raises(RuntimeError, match='1 run failed'):
         run_study(few, tmp_path, tmp_path/'results', say=said.append, executor=executor)
     assert len(lines(tmp_path/'results')) == 2
     run_study(few, tmp_path, tmp_path/'results', say=said.append, threads=1)
