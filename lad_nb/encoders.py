@@ -396,6 +396,16 @@ def load_encoder(
     return encoder
 
 # %% ../nbs/31_encoders.ipynb #d73af8f4
+def _check_names(config, who):
+    "`ValueError` unless a config's two lists of labels are tables of names"
+    for table in 'id2label', 'label2id':
+        if not isinstance(found := getattr(config, table) or {}, dict):
+            raise ValueError(f"{who} has {found!r:.60} for {table}; a table of its labels was expected. "
+                             "Correct its config.json.")
+    if odd := [n for n in (*config.id2label.values(), *(config.label2id or {})) if not isinstance(n, str)]:
+        raise ValueError(f"{who} calls a label {odd[0]!r}; names of labels are text. Correct id2label and "
+                         "label2id in its config.json.")
+
 def _check_label2id(config, who, task):
     "`ValueError` for a config whose two lists of labels disagree"
     names, label2id = [name for _, name in sorted(config.id2label.items())], config.label2id or {}
@@ -414,10 +424,8 @@ def check_labels(
     "`ValueError` unless the classifier's labels are the task's, in the same order"
     task = get_task(task)
     ours = list(task.id2label.values())
+    _check_names(config, who)
     theirs = [name for _, name in sorted(config.id2label.items())] # a config may list its ids in any order
-    if odd := [name for name in [*theirs, *(config.label2id or {})] if not isinstance(name, str)]:
-        raise ValueError(f"{who} calls a label {odd[0]!r}; names of labels are text. Correct id2label and "
-                         "label2id in its config.json.")
     if config.num_labels != task.num_labels:
         listed = f"{shown(', '.join(theirs)):.200}"
         raise ValueError(f"{who} has {config.num_labels} labels ({listed}), the task {task.name} has "

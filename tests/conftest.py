@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-# What a shell starts in its background ignores Ctrl-C, and so does all that it starts; tests need it
-in_main = threading.current_thread() is threading.main_thread()
-if in_main and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a shell starts in its background ignores Ctrl-C (with nohup a hangup, too), and so does all that is
+# started there; tests need both
+if threading.current_thread() is threading.main_thread():
+    for name, before in dict(SIGINT=signal.default_int_handler, SIGHUP=signal.SIG_DFL).items():
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_IGN: signal.signal(number, before)
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 ROOT = Path(__file__).parents[1]

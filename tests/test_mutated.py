@@ -90,3 +90,11 @@ def test_labels_that_are_no_text(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path/'model')
     said = json.loads((tiny/'config.json').read_text())
     is_a_model_or_refused(folder, said | dict(id2label={'0': 'entailment', '1': None}))
+
+
+def test_tables_of_labels_that_are_none(tiny, tmp_path):
+    """What it found with LAD_NB_SEED=2."""
+    folder = shutil.copytree(tiny, tmp_path/'model')
+    said = json.loads((tiny/'config.json').read_text())
+    for table in 'id2label', 'label2id':
+        for found in (99, [7], 'entailment'): is_a_model_or_refused(folder, said | {table: found})

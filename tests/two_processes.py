@@ -1,16 +1,17 @@
 """A study of four short runs, to be killed, or to be started twice at once.
 
 python two_processes.py FOLDER MODEL PROCESSES UPDATES: works in FOLDER, with the tiny model in MODEL.
+
+A worker imports this script before anything else, so what takes time is imported in functions.
 """
 
 import sys
 from pathlib import Path
 
-from lad_nb.recipes import FAST, Recipe
-from lad_nb.study import Study, run_study
-
 
 def study(model, updates):
+    from lad_nb.recipes import FAST, Recipe
+    from lad_nb.study import Study
     few = dict(task='toy', train_size=160, max_seq_len=32, batch_size=16, ckpt_step=10, log_step=5,
                device_id=-1, ptrain_ver=str(model))
     fast = FAST | dict(precision='fp32')
@@ -22,6 +23,7 @@ def study(model, updates):
 
 
 def main(folder, model, processes, updates):
+    from lad_nb.study import run_study
     folder, say = Path(folder), lambda line: print(line, flush=True)
     run_study(study(model, int(updates)), folder/'experiments', folder/'results', processes=int(processes),
               threads=1, say=say)
