@@ -44,7 +44,9 @@ def _lines(path):
     with open(path, 'rb') as f:
         if f.read(3) != b'\xef\xbb\xbf': f.seek(0)
         if not f.peek(1): raise ValueError(f"{path} is empty. A TSV file with one row a line was expected.")
-        for n, line in enumerate(f, start=1): yield n, _text(line, f'{path}, line {n}')
+        for n, line in enumerate(f, start=1):
+            if line == b'\r' and n > 1: return # half of a last line's end
+            yield n, _text(line, f'{path}, line {n}')
 
 # %% ../nbs/12_data.ipynb #64eb7e55
 def _wanted(task, labelled):

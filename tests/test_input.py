@@ -23,6 +23,7 @@ from lad_nb.settings import kind_of
 from lad_nb.recipes import Recipe, check_recipe, mapping_of, recipe_from_dict
 from lad_nb.runs import run_description
 from lad_nb.tasks import tasks
+from lad_nb.values import NAMES as SEVERAL
 
 pytestmark = pytest.mark.faults
 CASES = pytest.mark.parametrize('cases', [150, pytest.param(17_000, marks=pytest.mark.slow)])
@@ -169,6 +170,12 @@ def test_what_is_harmed_is_read_right_or_refused(tmp_path, cases, counted):
     counted(**hold(2*cases, is_read_right_or_refused, tmp_path/'a.tsv', table=harmed()))
 
 
+def test_half_of_a_last_line_end(tmp_path):
+    """What it found with LAD_NB_SEED=729991: a carriage return at the end is no row of its own."""
+    for raw in (b'sentence\r\n\r', b'sentence\r\nfine\r\n\r', b'sentence\nfine\r'):
+        is_read_right_or_refused(tmp_path/'a.tsv', (tasks['sst2'], False, raw))
+
+
 READ_BY_PYTHON = ['1_0', '0_3', ' 3', '3 ', '٣', '+3', '1e0', 'nan', 'inf', '-0', '5.1', '', '0x3', '3,5']
 
 
@@ -219,6 +226,8 @@ def is_a_recipe_or_refused(said):
     found = {f.name: f.default for f in FIELDS.values()} | recipe.to_dict() # later ones may be unsaid
     same = lambda a, b: a == b or isinstance(a, float) and math.isnan(a) and math.isnan(b)
     asked = {k: os.path.expanduser(v) if v and FIELDS[k].metadata['place'] else v for k, v in asked.items()}
+    names = lambda k, v: (v,) if FIELDS[k].metadata['allowed'] is SEVERAL and isinstance(v, str) else v
+    asked = {k: names(k, v) for k, v in asked.items()}  # a text is the only name of several
     assert all(same(found[k], v) and (type(found[k]) is type(v)) for k, v in asked.items())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
