@@ -106,10 +106,8 @@ def kill(folder, model, updates, sent, after, working):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('moments, updates', [(1, 60), (20, 120)])
-def test_a_study_of_two_processes_killed_at_its_parent(tiny, tmp_path, moments, updates):
+def test_a_study_of_two_processes_killed_at_its_parent(tiny, tmp_path, seed, counted, moments, updates):
     """SIGKILL and SIGTERM at random moments, half of them while runs go on; started again until whole."""
-    seed = int(os.environ.get('LAD_NB_SEED') or random.randrange(10**6))
-    print(f'LAD_NB_SEED={seed}')
     rng, whole = random.Random(seed), tmp_path / 'whole'
     began = time.monotonic()
     run_study(study(tiny, updates), whole / 'experiments', whole / 'results', threads=1, say=silent)
@@ -139,6 +137,7 @@ def test_a_study_of_two_processes_killed_at_its_parent(tiny, tmp_path, moments, 
         resumed += sum(line['resumed'] for line in lines if line['stage'] == 'run')
     print(f'{len(gone)} kills in {rounds} studies, {resumed} of their runs resumed; the last process '
           f'was gone after at most {max(t for _, t in gone)} s; {gone}')
+    counted(kills=len(gone), studies=rounds, lines_lost=0)
 
 
 @pytest.mark.slow
