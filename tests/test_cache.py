@@ -78,8 +78,9 @@ def build(experiments, root, die=0, nap=0):
     return 'builds_a_cache.py', experiments/'teacher_bert_toy', root, die, nap
 
 
+@pytest.mark.faults
 @pytest.mark.slow
-def test_killed_while_building(experiments, tmp_path):
+def test_killed_while_building(experiments, tmp_path, counted):
     """Each process dies at its second shard; the next one goes on with it."""
     deaths = 0
     while (done := program(*build(experiments, tmp_path, die=2))).returncode:
@@ -87,10 +88,12 @@ def test_killed_while_building(experiments, tmp_path):
         assert done.returncode == -9, done.stderr
     shards = int(done.stdout.split()[1])
     assert shards > 4 and deaths == shards - 1
+    counted(kills=deaths)
 
 
+@pytest.mark.faults
 @pytest.mark.slow
-def test_two_processes_build_the_same_cache(experiments, tmp_path):
+def test_two_processes_build_the_same_cache(experiments, tmp_path, counted):
     name, *words = build(experiments, tmp_path, nap=.3)
     command = [sys.executable, Path(__file__).with_name(name), *map(str, words)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -101,6 +104,7 @@ def test_two_processes_build_the_same_cache(experiments, tmp_path):
     assert sorted([int(one), int(other)]) == [0, int(shards)] # one wrote every shard, the other none
     assert logits == same
     assert sum('another process builds' in err for _, err in said) == 1
+    counted(builders=len(both))
 
 
 def full_at(shard):

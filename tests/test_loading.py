@@ -474,7 +474,7 @@ def test_truncated_safetensors(done, quick, capsys, cut):
             (folder/name).write_bytes(whole)
 
 
-def test_a_truncated_shard(quick, tmp_path):
+def test_a_truncated_shard(quick, tmp_path, counted):
     """The cache finds it by its hash; opened past that, the file is named."""
     path = tmp_path/'00000-x.safetensors'
     save_file(dict(layer_1=torch.zeros(4, 2), logits=torch.zeros(2, 2)), path)
@@ -482,6 +482,7 @@ def test_a_truncated_shard(quick, tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match='00000-x.safetensors is no whole safetensors file'):
         TeacherCache(tmp_path, [path], [0, 2], np.array([2, 2]))
+    counted(shards=1)
 
 
 # settings that no model has

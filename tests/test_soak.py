@@ -2,6 +2,8 @@
 checkpoints go."""
 import gc
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import psutil
@@ -52,6 +54,18 @@ def cards_written(folder, times):
     return np.array(seen).T
 
 
+def held_and_carded(recipe, root, page, every, times):
+    """Both, one after the other."""
+    folder, seen = held_and_watched(recipe, root, page, every)
+    return folder, seen, cards_written(folder, times)
+
+
+def alone(function, *args):
+    """What comes of a function in a process that has done nothing before: what other tests gave back of their
+    memory would be taken there, and look like growth."""
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool: return pool.submit(function, *args).result()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('updates', [60, 2000])
 def test_many_updates(quick, tmp_path, counted, updates):
@@ -61,14 +75,14 @@ def test_many_updates(quick, tmp_path, counted, updates):
                                            train_size=1600, ckpt_step=every//2, eval_step=every,
                                            log_step=every//4)
     page = tmp_path/'session.html'
-    folder, seen = held_and_watched(recipe, tmp_path, page, every)
+    folder, seen, carded = alone(held_and_carded, recipe, tmp_path, page, every, 6 if long else 2)
     ends = [updates - every, updates - every//2, updates]
     scored = [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines() if 'eval_' in line]
     assert list(checkpoints(folder)) == ends and len(read_log(folder)) >= updates//(every//4)
     assert len(scored) == updates//every and '<svg' in page.read_text()
     step, rss, handles, threads = np.array([s for s in seen if s[0] > updates//5]).T
     slope = np.polyfit(step, rss, 1)[0]
-    memory, after, _ = cards_written(folder, 6 if long else 2)
+    memory, after, _ = carded
     print(f'{slope:.0f} bytes of memory per update over {len(step)} samples, update {step[0]} to {step[-1]} '
           f'(RSS {rss.min()/1e6:.1f} to {rss.max()/1e6:.1f} MB); {handles.min()} to {handles.max()} file '
           f'handles, {threads.min()} to {threads.max()} threads; cards: {memory/1e6} MB, {after} handles')
