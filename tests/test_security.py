@@ -360,8 +360,6 @@ def test_counts_are_added_up(tmp_path):
     assert (times, lost) == ('1,303 of 3', '0') and form.startswith('long, seed ')
     counted_in(file, True, *b)
     assert len(file.read_text().splitlines()) == 4 # a form's counts of a test are replaced
-    by_hand = Row('f', 'h', 'test_x.py::c', before=('20', '0', '0.1'))
-    assert told(by_hand, counts(lines())) == ('20', '0', 'by hand, version 0.1')
     with pytest.raises(ValueError, match='Not counted yet: .*::c'): told(Row('f', 'h', 'test_x.py::c'), {})
     counted_in(file, True, report('b', 'failed', 'call'))
     with pytest.raises(ValueError, match='::b failed in its long form'): counts(lines())

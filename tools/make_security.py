@@ -6,8 +6,7 @@
 
 A test says how often it did something, and what was lost (`counted`, in tests/conftest.py); a test that says
 nothing is counted by its parameters, as `passed`. A run replaces the counts of the tests that it ran, form by
-form. Of a test that was counted in both forms the long one is shown. What was not counted since stays as it
-was counted by hand, and says for which version.
+form. Of a test that was counted in both forms the long one is shown.
 """
 import json
 from collections import Counter
@@ -28,7 +27,6 @@ class Row:
     tests: str            # 'file.py::test', with spaces between: their numbers are added up
     times: str = '{passed}' # with the names of counts
     lost: str = '0'
-    before: tuple = ()    # (times, lost, version) as counted by hand; shown until a run counts it
 
     @property
     def names(self): return self.tests.split()
@@ -47,8 +45,7 @@ ROWS = [
         'once',
         'tables and students against an uninterrupted study\'s; who is left of its processes',
         'test_studies.py::test_a_study_of_two_processes_killed_at_its_parent',
-        '{kills} kills in {studies} studies', '{lines_lost} lines, none twice; no process',
-        ('20 and 20 kills in 27 studies', '0 lines, none twice; the last process gone within 0.3 s', '0.1')),
+        '{kills} kills in {studies} studies', '{lines_lost} lines, none twice; no process'),
     Row('SIGINT, SIGTERM and SIGHUP to a command at random moments: before the first update, within one, '
         'while a checkpoint, the final student or the card is written; some three in a row',
         'one line, the shell\'s exit code, no traceback; resumed, compared byte by byte',
@@ -224,11 +221,7 @@ def told(row, found):
     "A row's times, losses, and where its numbers are from"
     lines = [found[test] for test in row.names if test in found]
     left = len(row.names) - len(lines)
-    if not lines and not row.before: raise ValueError(f"Not counted yet: {row.tests}.")
-    unsaid = row.times.startswith('{kills}') and not any('kills' in line for line in lines)
-    if row.before and (left or unsaid): # or its test does not say its numbers yet
-        times, lost, version = row.before
-        return times, lost, f'by hand, version {version}'
+    if not lines: raise ValueError(f"Not counted yet: {row.tests}.")
     numbers = sum((Counter({k: v for k, v in line.items() if type(v) is int}) for line in lines), Counter())
     said = Said({k: '0' for line in lines for k, v in line.items() if v == 0})
     said.update({k: f'{n:,}' for k, n in numbers.items()})
@@ -239,17 +232,18 @@ def told(row, found):
     return row.times.format_map(said), row.lost.format_map(said), where
 
 
-def table(found):
+def table(kept):
     "The table, and what it was counted with"
+    found = counts(kept)
     lines = ['| Fault | How it is tested | Times | Lost | Counted |', '|---|---|---|---|---|']
     lines += [f"| {row.fault} | {row.how} | {' | '.join(told(row, found))} |" for row in ROWS]
     used = [found[test] for row in ROWS for test in row.names if test in found]
     dates, versions = sorted({l['date'] for l in used}), used[-1]['versions']
     said = ', '.join(f'{name} {v}' for name, v in versions.items())
-    minutes = {form: sum(l['seconds'] for l in used if l['form'] == form)/60 for form in ('short', 'long')}
+    minutes = {form: sum(l['seconds'] for l in kept if l['form'] == form)/60 for form in ('short', 'long')}
     took = ', '.join(f'{m:.0f} minutes in the {form} form' for form, m in minutes.items() if m)
     about = (f"Counted {' to '.join(dict.fromkeys((dates[0], dates[-1])))} with {said}, in {took}. "
-             "Short: part of every test run, always with the seed 7. Long: `LAD_NB_SEED` repeats it.")
+             "The short form always has the seed 7; `LAD_NB_SEED` repeats the long one.")
     return '\n'.join([START, *lines, '', *wrap(about, 110), END])
 
 
@@ -257,7 +251,7 @@ def security():
     "SECURITY.md with the table of the counts"
     text = (ROOT/'SECURITY.md').read_text(encoding='utf-8')
     before, _, rest = text.partition(START)
-    return before + table(counts(counted())) + rest.partition(END)[2]
+    return before + table(counted()) + rest.partition(END)[2]
 
 
 if __name__ == '__main__':
