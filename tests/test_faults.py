@@ -123,7 +123,7 @@ def test_a_full_disk(experiments, lad, whole, monkeypatch):
     assert same_bytes(folder, whole)
 
 
-@pytest.mark.parametrize('updates, kills', [(15, 3), pytest.param(30, 300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('updates, kills', [(15, 1), pytest.param(30, 300, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tiny, tmp_path, seed, counted, updates, kills):
     """A study of one run of so many updates, checkpoints every 5, with its teacher, cache, log, snapshots,
     table of results and card: killed, started again, and in the end the same bytes."""
