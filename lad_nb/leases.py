@@ -36,7 +36,7 @@ def _clear_torn(path):
     "Take away a lease that stays empty"
     if (before := _empty(path)) is None: return
     time.sleep(TORN)
-    if _empty(path) == before: os.unlink(path)
+    if _empty(path) == before: Path(path).unlink(missing_ok=True) # another may have been first
 
 # %% ../nbs/06_leases.ipynb #0f68f81a
 def _take(lease, seconds):
