@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from make_badges import EXTRAS, with_badges
+from matplotlib.figure import Figure
 from PIL import Image
 from run_notebooks import MADE_ON, changes, find_flaws, is_close, main, picture_change, same_text
 
@@ -73,8 +74,25 @@ def test_pictures_are_compared_by_their_pixels():
     faint[:20] -= 5
     drawn[:20] = 0
     assert picture_change(png(white), png(faint)) == ''
-    assert picture_change(png(white), png(drawn)) == '1,200 of 2,400 pixels differ (50.0%)'
+    assert picture_change(png(white), png(drawn)) == '1,200 of 2,400 pixels differ (50.00%)'
     assert picture_change(png(white), png(white[:30])) == '60 x 40 pixels, now 60 x 30'
+
+
+def plotted(label, *, by=1.):
+    """A curve over an axis of this name, in base64."""
+    figure = Figure((6, 3), dpi=140)
+    axes = figure.subplots()
+    axes.plot(by*np.cumsum(np.random.default_rng(0).normal(size=200)))
+    axes.set(xlabel=label, ylim=(-20, 20))
+    file = io.BytesIO()
+    figure.savefig(file, format='png')
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_another_letter_of_an_axis_is_a_change_and_rounding_is_none():
+    assert picture_change(plotted('update'), plotted('update', by=1.0001)) == ''
+    for another in (plotted('updates'), plotted('updatc'), plotted('update', by=1.01)):
+        assert 'pixels differ' in picture_change(plotted('update'), another)
 
 
 def test_an_output_that_comes_or_goes_is_a_change():

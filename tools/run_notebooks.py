@@ -124,9 +124,9 @@ def pixels(png):
 
 
 def picture_change(
-    old, new,     # PNG in base64
-    apart=24,     # a pixel differs where a colour is further apart than this, of 255
-    share=.002,   # pictures differ where more than this share of their pixels does
+    old, new,  # PNG in base64
+    apart=24,  # a pixel differs where a colour is further apart than this, of 255
+    few=8,     # so many pixels may differ: another letter of a label moves dozens, rounding none
 ):
     "What differs between two pictures, in words; '' for nothing."
     if old == new:
@@ -136,7 +136,7 @@ def picture_change(
         return f'{a.shape[1]} x {a.shape[0]} pixels, now {b.shape[1]} x {b.shape[0]}'
     differ = (abs(a - b).max(-1) > apart).sum()
     total = a.shape[0]*a.shape[1]
-    return f'{differ:,} of {total:,} pixels differ ({differ/total:.1%})' if differ > share*total else ''
+    return f'{differ:,} of {total:,} pixels differ ({differ/total:.2%})' if differ > few else ''
 
 
 # ---------------------------------------------------------------- outputs of a cell
