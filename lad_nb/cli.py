@@ -16,6 +16,7 @@ from pathlib import Path
 import lad_nb
 from .values import NAMES, place, shown
 from .settings import kind_of
+from .workers import keep_freed_memory
 from .interrupts import Interrupted, by_signal
 from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
 
@@ -644,6 +645,7 @@ def main(
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         _load_libraries()
+        if args.command != 'benchmark': keep_freed_memory() # that one has a plain script's setting
         again = _again(args)
         ready(again)
         args.run(args)

@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['teachers', 'methods', 'further', 'tries', 'gates_study', 'whole', 'from_scratch', 'MARGIN', 'primary', 'secondary',
-           'mrpc_study', 'MPNET', 'rte_study', 'MARGIN_OF_PAIRS', 'mrpc_claims', 'rte_claims']
+           'mrpc_study', 'MPNET', 'rte_study', 'MARGIN_OF_PAIRS', 'mrpc_claims', 'rte_claims', 'decide_twice']
 
 # %% ../nbs/69_gates_study.ipynb #ca7dd24c
 from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
 
 from .models import SMALL
 from .recipes import FAST, Recipe
-from .study import Study
+from .statistics import multi_bootstrap
+from .study import Study, collect, collect_answers
 from .section5 import Claim, section5, section5_teacher
+from .inference import decide
 
 # %% ../nbs/69_gates_study.ipynb #ce3d11ba
 _sst2 = section5.tasks['sst2']                                # 8,000 sentences, two epochs
@@ -91,6 +96,29 @@ secondary = (
     Claim('ours', 'relations are a better match than the squared error', 'LAD by relations', 'LAD'),
     Claim('ours', 'LAD is better than BERT-PKD as the scripts scale both', 'LAD unscaled',
           'BERT-PKD unscaled'))
+
+# %% ../nbs/69_gates_study.ipynb #568cb488
+def _borne_out(verdict, low, high):
+    "The model's verdict, or none where it found a difference and the redrawn interval holds zero"
+    found = verdict.startswith(('better', 'worse'))
+    return 'undecided: other rows might differ' if found and low <= 0 <= high else verdict
+
+def decide_twice(
+    study: Study,        # of one task, with unseen rows
+    results: str | Path, # folder of the results
+    claims: tuple,       # as `decide` takes them
+    margin: float=MARGIN,
+    metric: str='accuracy', # or 'f1', of the unseen rows
+) -> pd.DataFrame:       # as `decide`, and by_model, low_redrawn, high_redrawn, p_redrawn
+    "All claims of a study at once, by the model and by redrawn seeds and rows"
+    task, = study.tasks
+    runs, (answers, labels) = collect(study, results), collect_answers(study, results, task, 'unseen')
+    told = decide(runs[runs.metric == f'{metric}_unseen'], claims, margin)
+    redrawn = [multi_bootstrap(answers, labels, c.better, c.worse, metric) for c in claims]
+    for name in ('low', 'high', 'p'): told[f'{name}_redrawn'] = [each[name] for each in redrawn]
+    told['by_model'] = told.verdict
+    told['verdict'] = list(map(_borne_out, told.verdict, told.low_redrawn, told.high_redrawn))
+    return told
 
 # %% ../nbs/69_gates_study.ipynb #8e4c9e0e
 _some = {name: methods[name]
