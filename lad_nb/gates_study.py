@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['teachers', 'methods', 'further', 'tries', 'gates_study', 'whole', 'from_scratch', 'MARGIN', 'primary', 'secondary',
-           'mrpc_study', 'MPNET', 'rte_study', 'MARGIN_OF_PAIRS', 'mrpc_claims', 'rte_claims', 'decide_twice']
+           'mrpc_study', 'MPNET', 'rte_study', 'MARGIN_OF_PAIRS', 'mrpc_claims', 'rte_claims', 'decide_twice',
+           'plain_table']
 
 # %% ../nbs/69_gates_study.ipynb #ca7dd24c
 from dataclasses import replace
@@ -97,7 +98,7 @@ secondary = (
     Claim('ours', 'LAD is better than BERT-PKD as the scripts scale both', 'LAD unscaled',
           'BERT-PKD unscaled'))
 
-# %% ../nbs/69_gates_study.ipynb #568cb488
+# %% ../nbs/69_gates_study.ipynb #4feb4976
 def _borne_out(verdict, low, high):
     "The model's verdict, or none where it found a difference and the redrawn interval holds zero"
     found = verdict.startswith(('better', 'worse'))
@@ -119,6 +120,25 @@ def decide_twice(
     told['by_model'] = told.verdict
     told['verdict'] = list(map(_borne_out, told.verdict, told.low_redrawn, told.high_redrawn))
     return told
+
+# %% ../nbs/69_gates_study.ipynb #34fddfed
+_plain = {
+    'undistilled': 'labels alone', 'KD': "the teacher's logits alone (KD)",
+    'last layer': "the teacher's last layer", 'random layers': 'layers drawn at random (RAIL-KD)',
+    'BERT-PKD': 'every other layer (BERT-PKD)', 'layer mean': 'a plain mean of all layers',
+    'frozen gates': 'gates that are never trained', 'LAD': 'gates, trained as LAD trains them',
+    'gates by task': 'gates that the task trains'}
+
+def plain_table(
+    told: pd.DataFrame, # from `decide_twice`
+    claims: tuple,      # the ones that it decided
+) -> pd.DataFrame:
+    "A row per claim: what a student learns from, rather than what, by how many points, and the verdict"
+    def said(share): return f'{round(100*share, 1) + 0:+.1f}' # no -0.0
+    points = [f'{said(r.mean)} ({said(r.low)} to {said(r.high)})' for r in told.itertuples()]
+    return pd.DataFrame({'a student that learns from': [_plain[claim.better] for claim in claims],
+                         'rather than from': [_plain[claim.worse] for claim in claims],
+                         'is ahead by (points)': points, 'so it is': told.verdict.tolist()})
 
 # %% ../nbs/69_gates_study.ipynb #8e4c9e0e
 _some = {name: methods[name]

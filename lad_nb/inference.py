@@ -145,7 +145,8 @@ def spread_check(
 # %% ../nbs/68_inference.ipynb #0e357f6c
 def _power_to_differ(effect, df, alpha, seeds):
     "Of a two-sided t test of a difference that is `effect` times its sd"
-    return float(TTestPower().power(effect, seeds, alpha, df=df, alternative='two-sided'))
+    def tail(side): return TTestPower().power(effect, seeds, alpha/2, df=df, alternative=side)
+    return float(tail('larger') + np.nan_to_num(tail('smaller'))) # too small a tail is NaN in scipy
 
 # %% ../nbs/68_inference.ipynb #86d7f8d9
 def _power_to_equate(margin, df, alpha, seeds):
