@@ -204,7 +204,7 @@ def _write_texts(task, values, where):
 def _write_label(task, value, where):
     "The label field of a row, which must be readable again"
     if value is None or value is pd.NA or value != value:
-        raise ValueError(f"{where}: the label is {value!r}, and a file needs one in every row. Rows without "
+        raise ValueError(f"{where}: the label is missing, and a file needs one in every row. Rows without "
                          "labels are given in Python: run(recipe, rows=...).")
     label = format(Decimal(str(value)), 'f') if isinstance(value, float) else str(value)
     if task.regression: read_label(task, label, where)

@@ -207,7 +207,7 @@ def test_write_task_takes_other_rows(tmp_path):
     write_task('kind', tmp_path/'b', ('bad', 'good'), ('text',), train=dataset, dev=frame.to_dict('records'))
     for name in ('train.tsv', 'dev.tsv'):
         assert (tmp_path/'a'/name).read_bytes() == (tmp_path/'b'/name).read_bytes()
-    with pytest.raises(ValueError, match=r'row 1: the label is nan, .* run\(recipe, rows=...\)'):
+    with pytest.raises(ValueError, match=r'row 1: the label is missing, .* run\(recipe, rows=...\)'):
         write_task('kind', tmp_path/'c', ('bad', 'good'), ('text',), train=frame.assign(label=['bad', None]),
                    dev=frame)
     del tasks['kind']
