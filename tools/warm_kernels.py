@@ -13,6 +13,8 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 IMPORTED = ['ipykernel.kernelapp', 'lad_nb.cli', 'lad_nb.study', 'lad_nb.panel',  # and all that these import;
+            'ipykernel.ipkernel',  # what a kernel imports when it begins;
+            'nbclient', 'PIL.Image',  # what the program that asks imports: each forked process does so, too;
             'frozen']  # the last: so that no collection looks at them again
 INLINE = 'module://matplotlib_inline.backend_inline'  # where a kernel has pictures drawn
 
