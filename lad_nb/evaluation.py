@@ -47,7 +47,7 @@ def predict(
 ) -> np.ndarray:               # (N, C) logits, in the order of the rows
     "Logits of every row; `FloatingPointError` if one of them is not finite"
     check_vocabulary(tokenizer, model.config.vocab_size, model.name_or_path or 'the model')
-    order = np.argsort([-len(ids) for ids in data['input_ids']], kind='stable')
+    order = np.argsort([-len(ids) for ids in data['input_ids'][:]], kind='stable')
     found = _answers(model, data.select(order), tokenizer, batch_size, device_id)
     logits = np.empty_like(found)
     logits[order] = found
@@ -113,7 +113,7 @@ def evaluate(
         logits = predict(model, data, tokenizer, batch_size, device_id)
         if answers is not None: answers[name] = some, logits
         suffix = name.removeprefix('dev') if len(names) > 1 else ''
-        out |= {m + suffix: v for m, v in score(task, logits, np.array(data['labels'])).items()}
+        out |= {m + suffix: v for m, v in score(task, logits, np.array(data['labels'][:])).items()}
     counts = dict(left_out=len(left_out), unlabelled=unlabelled)
     return out | {name: count for name, count in counts.items() if count}
 

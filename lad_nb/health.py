@@ -71,7 +71,7 @@ def check_labelled(
     "`ValueError` for labels that the student's head has no place for, or for too few of them"
     if 'labels' not in data.column_names:
         raise ValueError("The training data has no labels. Test splits have none; train on another one.")
-    labels = np.array(data['labels'], dtype=float)
+    labels = np.array(data['labels'][:], dtype=float)
     without = _unlabelled(labels, distiller)
     taught, weight = distiller.teacher is not None, distiller.objective.hard_weight
     check_hard_term(int(without.sum()), len(labels), weight, taught)
@@ -125,7 +125,7 @@ def check_teacher(
     distiller, data = trainer.model, trainer.train_dataset
     twentieth = trainer.args.max_steps*trainer.rows_per_update//20 # of the rows that the training sees
     if distiller.teacher is None: return
-    with_label = np.flatnonzero(~_unlabelled(np.array(data['labels'], dtype=float), distiller))
+    with_label = np.flatnonzero(~_unlabelled(np.array(data['labels'][:], dtype=float), distiller))
     count = min(256, len(with_label), twentieth)
     if count < 64: return
     rows = with_label[np.linspace(0, len(with_label) - 1, count).astype(int)].tolist()

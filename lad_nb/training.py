@@ -355,7 +355,7 @@ def rows_to_score(
     "Encoded splits, ready to be scored while something trains"
     out, start = {}, 0
     for name, data in splits.items():
-        order = np.argsort([-len(ids) for ids in data['input_ids']], kind='stable')
+        order = np.argsort([-len(ids) for ids in data['input_ids'][:]], kind='stable')
         out[name] = data.add_column('row', range(start, start + len(data))).select(order)
         start += len(data)
     return out

@@ -36,7 +36,7 @@ class LengthGroups(Sampler):
         batch_size: int, # rows of one update
         seed: int,       # of the order
     ):
-        self.lengths = [len(ids) for ids in data['input_ids']]
+        self.lengths = [len(ids) for ids in data['input_ids'][:]]
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
 
     def __len__(self): return len(self.lengths)//self.batch_size*self.batch_size
