@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['teachers', 'methods', 'further', 'tries', 'gates_study', 'whole', 'from_scratch', 'MARGIN', 'primary', 'secondary',
            'mrpc_study', 'MPNET', 'rte_study', 'MARGIN_OF_PAIRS', 'mrpc_claims', 'rte_claims', 'decide_twice',
-           'plain_table']
+           'plain_table', 'settings_tried', 'decided_table', 'power_table']
 
 # %% ../nbs/69_gates_study.ipynb #ca7dd24c
 from dataclasses import replace
@@ -16,9 +16,9 @@ import pandas as pd
 from .models import SMALL
 from .recipes import FAST, Recipe
 from .statistics import multi_bootstrap
-from .study import Study, collect, collect_answers
+from .study import Study, collect, collect_answers, tuning_table
 from .section5 import Claim, section5, section5_teacher
-from .inference import decide
+from .inference import decide, pooled_model, power
 
 # %% ../nbs/69_gates_study.ipynb #ce3d11ba
 _sst2 = section5.tasks['sst2']                                # 8,000 sentences, two epochs
@@ -139,6 +139,45 @@ def plain_table(
     return pd.DataFrame({'a student that learns from': [_plain[claim.better] for claim in claims],
                          'rather than from': [_plain[claim.worse] for claim in claims],
                          'is ahead by (points)': points, 'so it is': told.verdict.tolist()})
+
+# %% ../nbs/69_gates_study.ipynb #c7e2905d
+def settings_tried(
+    study: Study,        # of one task
+    results: str | Path, # folder of the results
+) -> pd.DataFrame:       # a row per method, a column per setting
+    "What each method's settings scored on the rows that choose"
+    table, parts = tuning_table(study, results), []
+    names = table.columns.drop(['task', 'method', 'metric', 'value'])
+    for _, rows in table.groupby('method', sort=False):
+        varied = [name for name in names if rows[name].nunique() > 1] or ['lr']
+        settings = [', '.join(f'{name} {row[name]:g}' for name in varied) for row in rows.to_dict('records')]
+        parts.append(rows.assign(setting=settings))
+    if not parts: return table
+    return pd.concat(parts).pivot_table(index='method', columns='setting', values='value', sort=False)
+
+# %% ../nbs/69_gates_study.ipynb #e95b3f18
+def decided_table(
+    told: pd.DataFrame, # from `decide_twice`
+) -> pd.DataFrame:      # a row per claim, differences in points
+    "What was decided, with both intervals"
+    said = [f'{100*r.mean:+.2f} ({100*r.low:+.2f} to {100*r.high:+.2f})' for r in told.itertuples()]
+    again = [f'{100*r.low_redrawn:+.2f} to {100*r.high_redrawn:+.2f}' for r in told.itertuples()]
+    shown = ['claim', 'n', 'points', 'redrawn', 'p_holm', 'p_same_holm', 'verdict', 'seeds_to_differ',
+             'seeds_to_same']
+    return told.assign(points=said, redrawn=again).set_index('difference')[shown].round(4)
+
+# %% ../nbs/69_gates_study.ipynb #f02d7c64
+def power_table(
+    runs: pd.DataFrame,      # of one task and metric, as from `collect`
+    claims: tuple,           # that are decided together
+    sizes: tuple=(.005, .01),
+) -> pd.DataFrame:           # a row per size of a difference
+    "How likely a difference would have been found: by a claim alone, and at Holm's hardest step"
+    sd, seeds, methods = pooled_model(runs).sd, runs.seed.nunique(), runs.method.nunique()
+    alphas = {'a claim alone': .05, "Holm's hardest step": .05/len(claims)}
+    rows = {f'{100*size:g} points': {name: power(sd, seeds, methods, size, alpha=alpha)
+                                     for name, alpha in alphas.items()} for size in sizes}
+    return pd.DataFrame(rows).T.round(2)
 
 # %% ../nbs/69_gates_study.ipynb #8e4c9e0e
 _some = {name: methods[name]

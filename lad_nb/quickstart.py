@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from .values import place
 from .mappings import Gate
 from .models import SMALL
-from .recipes import Recipe, mapping_of
+from .recipes import Recipe, mapping_of, recommended
 from .experiment import run
 from .evaluation import costs, evaluate
 from .analysis import gate_shares
@@ -26,8 +26,7 @@ _shared = dict(task='toy', max_seq_len=32, batch_size=24, total_step=200, warmup
 
 # %% ../nbs/70_quickstart.ipynb #79c4ae98
 _teacher = Recipe('teacher', method='fine_tune', ptrain_ver=SMALL, lr=1e-4, **_shared)
-_student = Recipe('LAD', method='lad', num_hidden_layers=3, teacher_exp='teacher', lr=3e-4, gate_lr=3e-4,
-                  **_shared)
+_student = Recipe('LAD', method='lad', num_hidden_layers=3, teacher_exp='teacher', **_shared, **recommended)
 _undistilled = _student.replace(experiment='undistilled', method='undistilled', ptrain_ver=SMALL)
 quickstart_recipes = dict(teacher=_teacher, student=_student, undistilled=_undistilled)
 
