@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from lad_nb.cli import layer_list, parse, recipe_of
+from lad_nb.cli import parse, recipe_of
+from lad_nb.flags import layer_list
 from lad_nb.data import encode, load_task, read_tsv
 from lad_nb.mappings import make_mapping, mapping_from_dict, mapping_to_dict, methods
 from lad_nb.models import load_tokenizer
