@@ -35,8 +35,8 @@ FIRST = {
                   'methods_side_by_side'],
     'How to': ['your_own_method', 'your_own_gate', 'your_own_data', 'your_own_encoder', 'from_student_to_use',
                'on_a_cluster', 'run_book', 'faster', 'what_holds'],
-    'Results': ['results', 'section_5_in_one_table', 'do_gates_help', 'do_the_gates_learn',
-                'how_sure_can_we_be', 'speed']}
+    'Results': ['results', 'section_5_in_one_table', 'do_gates_help', 'do_gates_help_on_pairs',
+                'do_the_gates_learn', 'how_sure_can_we_be', 'speed']}
 FOLDERS = {'tutorials': 'Tutorials', 'guides': 'How to', 'analyses': 'Results', 'benchmarks': 'Results'}
 
 
