@@ -9,6 +9,7 @@ from conftest import ROOT, program
 from make_readme import llms, readme
 
 from lad_nb import cli
+from lad_nb.recipes import recommended
 
 
 def test_readme_is_made_from_the_index():
@@ -54,6 +55,14 @@ def test_commands_of_the_run_book_page_parse(capsys):
     lines = re.findall(r'^lad-nb (run_(?!fine_tune_eval).*)$', text, re.M)
     assert len(lines) == 2
     for line in lines: assert cli.main([*line.split(), '--dry_run']) == 0, capsys.readouterr().err
+
+
+def test_the_recipe_of_choice_as_flags():
+    text = markdown(ROOT/'nbs'/'guides'/'run_book.ipynb')
+    flags, = re.findall(r'and here `([^`]+)`', text)
+    command = f'run_lad_distil --experiment x --task toy --num_hidden_layers 3 {flags}'
+    recipe = cli.recipe_of(cli.parse(command.split()))
+    assert {name: getattr(recipe, name) for name in recommended} == recommended
 
 
 @pytest.mark.slow
