@@ -167,7 +167,7 @@ def settings_tried(
         parts.append(rows.assign(setting=settings))
     if not parts: return table
     table = pd.concat(parts).pivot_table(index='method', columns='setting', values='value', sort=False)
-    return table.round(4).astype(object).fillna('')
+    return table.map('{:.4f}'.format, na_action='ignore').fillna('')
 
 # %% ../nbs/69_gates_study.ipynb #e95b3f18
 def decided_table(
