@@ -17,7 +17,7 @@ from .models import SMALL
 from .recipes import FAST, Recipe
 from .statistics import multi_bootstrap
 from .study import Study, collect, collect_answers, missing, tuning_table
-from .section5 import Claim, section5, section5_teacher
+from .section5 import Claim, in_points, section5, section5_teacher
 from .inference import decide, pooled_model, power
 
 # %% ../nbs/69_gates_study.ipynb #ce3d11ba
@@ -135,11 +135,9 @@ def plain_table(
     claims: tuple,      # the ones that it decided
 ) -> pd.DataFrame:
     "A row per claim: what a student learns from, rather than what, by how many points, and the verdict"
-    def said(share): return f'{round(100*share, 1) + 0:+.1f}' # no -0.0
-    points = [f'{said(r.mean)} ({said(r.low)} to {said(r.high)})' for r in told.itertuples()]
     return pd.DataFrame({'a student that learns from': [_plain[claim.better] for claim in claims],
                          'rather than from': [_plain[claim.worse] for claim in claims],
-                         'is ahead by (points)': points, 'so it is': told.verdict.tolist()})
+                         'is ahead by (points)': in_points(told), 'so it is': told.verdict.tolist()})
 
 # %% ../nbs/69_gates_study.ipynb #d4a90f31
 def unseen_scores(
@@ -174,11 +172,10 @@ def decided_table(
     told: pd.DataFrame, # from `decide_twice`
 ) -> pd.DataFrame:      # a row per claim, differences in points
     "What was decided, with both intervals"
-    said = [f'{100*r.mean:+.2f} ({100*r.low:+.2f} to {100*r.high:+.2f})' for r in told.itertuples()]
     again = [f'{100*r.low_redrawn:+.2f} to {100*r.high_redrawn:+.2f}' for r in told.itertuples()]
     shown = ['claim', 'n', 'points', 'redrawn', 'p_holm', 'p_same_holm', 'verdict', 'seeds_to_differ',
              'seeds_to_same']
-    return told.assign(points=said, redrawn=again).set_index('difference')[shown].round(4)
+    return told.assign(points=in_points(told, 2), redrawn=again).set_index('difference')[shown].round(4)
 
 # %% ../nbs/69_gates_study.ipynb #f02d7c64
 def power_table(

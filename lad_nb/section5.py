@@ -166,12 +166,14 @@ def verdicts(
 
 # %% ../nbs/64_section5.ipynb #534b1d37
 def in_points(
-    differences: pd.DataFrame, # from `verdicts` or `paired_differences`
+    differences: pd.DataFrame, # from `verdicts`, `paired_differences` or `decide`
+    digits: int=1,
 ) -> pd.Series:                # of text
     "Differences as a text quotes them, in points: '+2.0 (+1.6 to +2.3)'"
     low, high = ('t_low', 't_high') if 't_low' in differences else ('low', 'high')
     rows = zip(differences['mean'], differences[low], differences[high])
-    said = [f'{100*mean:+.1f} ({100*low:+.1f} to {100*high:+.1f})' for mean, low, high in rows]
+    def said_of(share): return f'{round(100*share, digits) + 0:+.{digits}f}' # no -0.0
+    said = [f'{said_of(mean)} ({said_of(low)} to {said_of(high)})' for mean, low, high in rows]
     return pd.Series(said, index=differences.index)
 
 # %% ../nbs/64_section5.ipynb #7cbe821d
