@@ -100,10 +100,13 @@ secondary = (
           'BERT-PKD unscaled'))
 
 # %% ../nbs/69_gates_study.ipynb #4feb4976
-def _borne_out(verdict, low, high):
-    "The model's verdict, or none where it found a difference and the redrawn interval holds zero"
-    found = verdict.startswith(('better', 'worse'))
-    return 'undecided: other rows might differ' if found and low <= 0 <= high else verdict
+def _borne_out(verdict, low, high, margin):
+    "As much of the model's verdict as the redrawn interval bears out"
+    if verdict == 'undecided': return verdict
+    side, within = verdict.split(', ')[0], verdict.endswith('the margin') and max(-low, high) <= margin
+    if side in ('better', 'worse') and not low <= 0 <= high:
+        return side + ', by less than the margin'*within
+    return 'the same within the margin' if within else 'undecided: other rows might differ'
 
 def decide_twice(
     study: Study,        # of one task, with unseen rows
@@ -116,10 +119,11 @@ def decide_twice(
     task, = study.tasks
     runs, (answers, labels) = collect(study, results), collect_answers(study, results, task, 'unseen')
     told = decide(runs[runs.metric == f'{metric}_unseen'], claims, margin)
-    redrawn = [multi_bootstrap(answers, labels, c.better, c.worse, metric) for c in claims]
+    redrawn = [multi_bootstrap(answers, labels, c.better, c.worse, metric, resamples=20_000) for c in claims]
     for name in ('low', 'high', 'p'): told[f'{name}_redrawn'] = [each[name] for each in redrawn]
     told['by_model'] = told.verdict
-    told['verdict'] = list(map(_borne_out, told.verdict, told.low_redrawn, told.high_redrawn))
+    found = zip(told.verdict, told.low_redrawn, told.high_redrawn)
+    told['verdict'] = [_borne_out(*each, margin) for each in found]
     return told
 
 # %% ../nbs/69_gates_study.ipynb #34fddfed
@@ -171,8 +175,10 @@ def settings_tried(
 def decided_table(
     told: pd.DataFrame, # from `decide_twice`
 ) -> pd.DataFrame:      # a row per claim, differences in points
-    "What was decided, with both intervals"
+    "What was decided, with both intervals; more seeds where more than have run would tell the margin"
     again = [f'{100*r.low_redrawn:+.2f} to {100*r.high_redrawn:+.2f}' for r in told.itertuples()]
+    seeds = [name for name in told if name.startswith('seeds_to')]
+    told = told.assign(**{name: told[name].where(told[name] > told.n) for name in seeds})
     shown = ['claim', 'n', 'points', 'redrawn', 'p_holm', 'p_same_holm', 'verdict', 'seeds_to_differ',
              'seeds_to_same']
     return told.assign(points=in_points(told, 2), redrawn=again).set_index('difference')[shown].round(4)
@@ -183,7 +189,7 @@ def power_table(
     claims: tuple,           # that are decided together
     sizes: tuple=(.005, .01),
 ) -> pd.DataFrame:           # a row per size of a difference
-    "How likely a difference would have been found: by a claim alone, and at Holm's hardest step"
+    "The odds that the model finds a difference, alone and at Holm's hardest step; redrawn rows may undo it"
     sd, seeds, methods = pooled_model(runs).sd, runs.seed.nunique(), runs.method.nunique()
     alphas = {'a claim alone': .05, "Holm's hardest step": .05/len(claims)}
     rows = {f'{100*size:g} points': {name: power(sd, seeds, methods, size, alpha=alpha)

@@ -180,18 +180,25 @@ def power(
 # %% ../nbs/68_inference.ipynb #1dc20fb1
 _most = 2**17 # seeds: more are not looked for
 
+def _fewest_seeds(sd, odds=.8, **how):
+    "As `seeds_to_decide`; NA where no number of seeds is enough"
+    enough, top = lambda seeds: power(sd, seeds, **how), 4
+    while top < _most and enough(top) < odds: top *= 2
+    return 2 + bisect_left(range(2, top), odds, key=enough) if enough(top) >= odds else pd.NA
+
 # %% ../nbs/68_inference.ipynb #30e64ff7
 def seeds_to_decide(
     sd: float,         # how far a run strays: `PooledModel.sd`
     odds: float=.8,    # of deciding
     **how,             # methods, size, question, alpha: as in `power`
 ) -> int:              # seeds of every method
-    "The fewest seeds with which a study decides with these odds"
+    "The fewest seeds with which a study decides with these odds; `ValueError` where that takes over 100,000"
     if not 0 < odds < 1:
         raise ValueError(f"odds is {odds}; a share between 0 and 1 was expected, such as 0.8.")
-    enough, top = lambda seeds: power(sd, seeds, **how), 4
-    while top < _most and enough(top) < odds: top *= 2
-    return 2 + bisect_left(range(2, top), odds, key=enough)
+    if (fewest := _fewest_seeds(sd, odds, **how)) is pd.NA:
+        raise ValueError(f"Not even {_most} seeds decide with odds of {odds}, where runs stray by {sd}: the "
+                         f"difference of {how.get('size', .005)} is too small. Ask for a larger one.")
+    return fewest
 
 # %% ../nbs/68_inference.ipynb #9370e392
 def _verdict(mean, differs, same):
@@ -226,7 +233,7 @@ def _seeds(open_rows, left, margin, level, question):
     rows = list(zip(open_rows.sd, open_rows.methods))
     if not rows: return []
     how = dict(size=margin, question=question, alpha=(1 - level)/left)
-    needed = {row: seeds_to_decide(row[0], methods=row[1], **how) for row in set(rows)} # the same for many
+    needed = {row: _fewest_seeds(row[0], methods=row[1], **how) for row in set(rows)} # the same for many
     return [needed[row] for row in rows]
 
 # %% ../nbs/68_inference.ipynb #34acd6b6

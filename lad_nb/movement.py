@@ -20,7 +20,7 @@ def movement_budget(
     recipe: Recipe,        # counted in updates
     step: int | None=None, # after so many; all by default
 ) -> float:                # the sum of the gates' learning rates
-    "About how far a gate's weight can move: AdamW's step is the learning rate, or less"
+    "About how far a gate's weight can move: AdamW's step is about the learning rate"
     warmup, total = recipe.gate_steps
     return recipe.gate_lr*sum(linear_schedule(s, warmup, total) for s in range(step or recipe.total_step))
 

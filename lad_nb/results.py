@@ -163,7 +163,7 @@ def further_rows(
     if tune + score > len(free):
         raise ValueError(f"unseen for {recipe.task} is ({tune}, {score}); {len(free)} rows are unseen beside "
                          f"the {', '.join(str(size) for size, _ in draws)} that are trained on. Take fewer.")
-    return free.select(range(score, score + tune)), free.select(range(score))
+    return free.select([*range(score, score + tune)]), free.select(range(score)) # none may be left to choose
 
 # %% ../nbs/61_results.ipynb #2f51d69e
 def _score_rows(recipe, model, tokenizer, rows, name, answers):

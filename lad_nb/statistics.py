@@ -153,7 +153,7 @@ def calibrated(
 # %% ../nbs/60_statistics.ipynb #4f2a9df3
 def _accuracy(counts, answers, labels):
     "(resamples, seeds): from how often each row was drawn (resamples, N), and answers (seeds, N)"
-    return counts @ (answers == labels).T.astype(float)/len(labels)
+    return counts @ (answers == labels).T.astype(float)/counts.sum(1, keepdims=True)
 
 # %% ../nbs/60_statistics.ipynb #451666a3
 def _f1(counts, answers, labels):
@@ -185,10 +185,15 @@ def _draw_seeds(rng, resamples, groups):
     return counts
 
 # %% ../nbs/60_statistics.ipynb #175c8d86
-def _draw_rows(rng, resamples, n):
-    "How often each row is drawn, (resamples, n)"
-    drawn = (rng.integers(n, size=n) for _ in range(resamples))
-    return np.stack([np.bincount(rows, minlength=n) for rows in drawn]).astype(float)
+def _kinds_of_rows(a, b, labels):
+    "Rows with one label and the same answers in every run are of a kind: a (seeds, K), b, labels, counts (K,)"
+    kinds, counts = np.unique(np.vstack([labels, a, b]), axis=1, return_counts=True)
+    return kinds[1:1 + len(a)], kinds[1 + len(a):], kinds[0], counts
+
+def _draw_rows(rng, resamples, counts):
+    "How often rows of each kind are drawn, (resamples, K)"
+    n = counts.sum()
+    return rng.multinomial(n, counts/n, size=resamples).astype(float)
 
 # %% ../nbs/60_statistics.ipynb #81f58d52
 def _check_answers(answers, labels):
@@ -246,14 +251,16 @@ def multi_bootstrap(
         raise ValueError(f"metric is {metric!r}; it is 'accuracy', 'f1', "
                          "or a function of labels and predictions.")
     scores = _by_function(metric) if callable(metric) else _metrics[metric]
-    difference = lambda counts: scores(counts, a, labels) - scores(counts, b, labels)
+    a, b, said, rows = _kinds_of_rows(a, b, labels)
+    difference = lambda counts: scores(counts, a, said) - scores(counts, b, said)
     rng = np.random.default_rng(seed)
     weights = _draw_seeds(rng, resamples, _teacher_numbers(seeds, teachers))/len(seeds)
     parts = np.array_split(weights, -(-resamples//250)) # 250 sets of rows at a time
-    drawn = np.concatenate([(difference(_draw_rows(rng, len(w), len(labels)))*w).sum(1) for w in parts])
+    drawn = np.concatenate([(difference(_draw_rows(rng, len(w), rows))*w).sum(1) for w in parts])
     low, high = np.quantile(drawn, [(1 - level)/2, (1 + level)/2])
-    p = 2*(1 + min((drawn <= 0).sum(), (drawn >= 0).sum()))/(1 + resamples)
-    return dict(seeds=len(seeds), rows=len(labels), mean=float(difference(np.ones((1, len(labels)))).mean()),
+    sides = (drawn <= 1e-12).sum(), (drawn >= -1e-12).sum() # a tie, up to rounding, is on both
+    p = 2*(1 + min(sides))/(1 + resamples)
+    return dict(seeds=len(seeds), rows=len(labels), mean=float(difference(rows[None].astype(float)).mean()),
                 se=float(drawn.std(ddof=1)), low=float(low), high=float(high), p=float(min(p, 1)))
 
 # %% ../nbs/60_statistics.ipynb #0ca6a193

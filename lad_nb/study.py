@@ -217,14 +217,27 @@ def jobs(
     return out
 
 # %% ../nbs/63_study.ipynb #946fc304
+def _check_scored(study, lines):
+    "`ValueError` where a run was scored on other numbers of unseen rows than the study asks for"
+    for line in lines:
+        tune, score = study.unseen.get(line['task']) or (0, 0)
+        name, asked = ('held_out', tune) if line['stage'] == 'tune' else ('unseen', score)
+        got = (line.get('answers') or {}).get(name, {}).get('count')
+        if asked and got not in (None, asked): # None: not kept, or an old line
+            raise ValueError(f"{line['task']}, {line['method']}, seed {line['seed']}: the result that is there "
+                             f"was scored on {got} {name.replace('_', '-')} rows; {study.name} asks for "
+                             f"{asked}. Give the changed study another name, or take its old lines out of "
+                             "runs.jsonl.")
+
 def missing(
     study: Study,
     results: str | Path, # folder of the results
     stage: str='run',    # 'tune' or 'run'
 ) -> list:               # of jobs
     "The runs of a stage that have no result yet"
-    done = lines_by_run(results)
-    return [job for job in jobs(study, results, stage) if run_key(job) not in done]
+    done, wanted = lines_by_run(results), {run_key(job): job for job in jobs(study, results, stage)}
+    _check_scored(study, [done[key] for key in wanted if key in done])
+    return [job for key, job in wanted.items() if key not in done]
 
 # %% ../nbs/63_study.ipynb #c79674f4
 def _rates_from(study):
@@ -252,7 +265,9 @@ def _finished(study, results, stage='run'):
     "Result lines of a stage; none whose learning rate is not chosen yet"
     lines, study = read_results(results), study if stage == 'tune' else _ready(study, results)
     wanted = {run_key(j) for j in jobs(study, results, stage)} if study.tasks else ()
-    return [l for l in lines if l['stage'] == stage and run_key(l) in wanted]
+    lines = [l for l in lines if l['stage'] == stage and run_key(l) in wanted]
+    _check_scored(study, lines)
+    return lines
 
 # %% ../nbs/63_study.ipynb #80c9e28f
 def _compared(study, results, stage='run'):
@@ -439,7 +454,9 @@ def collect_teachers(
     "The scores of the study's teachers, on what its students are scored on"
     wanted = {run_key(_teacher_job(study, task, teacher))
               for task in study.tasks for teacher in _teachers(study, task)}
-    rows = [_score_rows(line) for line in read_results(results) if run_key(line) in wanted]
+    lines = [line for line in read_results(results) if run_key(line) in wanted]
+    _check_scored(study, lines)
+    rows = [_score_rows(line) for line in lines]
     return pd.DataFrame(sum(rows, []), columns=['task', 'method', 'seed', 'lr', 'metric', 'value'])
 
 # %% ../nbs/63_study.ipynb #7178b541

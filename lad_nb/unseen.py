@@ -101,7 +101,7 @@ def unseen_rows(
     least: int=4, # words of a row, in a task of one text
     seed: int=0,  # of the rows' order
 ) -> Dataset:     # sentence1, (sentence2,) label, idx
-    "Training rows that were not drawn and share no text with a drawn row or a dev row, shuffled"
+    "Shuffled training rows whose text, in `new_texts`' sense, or whose pair of texts nobody saw, nor dev has"
     if None in (sizes := [size for size, _ in draws]) or not sizes:
         raise ValueError(f"What was trained on is {tuple(draws)}; pairs of a train_size and a sample_seed "
                          "were expected. A run without a train_size sees every row.")
