@@ -71,7 +71,9 @@ def _draw_points(summary, seeds, interval, methods, columns):
 
 # %% ../nbs/67_result_plots.ipynb #9aebd379
 def _percent(frame): return f"{100*(frame['level'].iloc[0] if 'level' in frame else .95):g} %"
-def _in_words(metric): return metric.replace('_', ' ').replace('f1', 'F1')
+def _in_words(metric):
+    "'f1_unseen' is F1 on unseen rows"
+    return metric.replace('_unseen', ' on unseen rows').replace('_', ' ').replace('f1', 'F1')
 def _unit(metrics): return _in_words(metrics.iloc[0]) if metrics.nunique() == 1 else 'score'
 
 # %% ../nbs/67_result_plots.ipynb #c012ecb7
@@ -154,5 +156,5 @@ def plot_verdicts(
     right.spines['right'].set_visible(False)
     for axis in (ax, right): axis.tick_params(axis='y', length=0)
     ax.set(ylim=(len(told) - .5, -.5), title=title,
-           xlabel=f"difference in {_in_words(told.metric.iloc[0])}, points; shaded: the same")
+           xlabel=f"difference in {_in_words(told.metric.iloc[0])}, points; shaded: the margin")
     return np.array([ax])
