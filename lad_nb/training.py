@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np, safetensors.torch, torch
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments)
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .durable import (
@@ -284,6 +285,18 @@ class Resumable:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = without_gain(state)
 
+    def restore_best(self):
+        "With `load_best_model_at_end`: the student and gates of the best checkpoint"
+        best = self.state.best_global_step # None: no score was ever defined
+        if not self.args.load_best_model_at_end or best in (None, self.state.global_step): return
+        self.accelerator.wait_for_everyone() # for the last checkpoint
+        self.restore(find_checkpoint(self.args.output_dir, best))
+
+    def _finalize_training(self, *args, **kwargs):
+        "Trainer's, which would look for the best under the name of a folder written aside"
+        self.restore_best()
+        return super()._finalize_training(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.restore(resume_from_checkpoint, model)
 
@@ -451,8 +464,10 @@ def _describe(folder, description):
 # %% ../nbs/44_training.ipynb #7ae5de13
 def _run(trainer, last):
     "All updates that are still to be made after a checkpoint, or after None"
-    if last and _is_over(last, trainer.args):
-        trainer.restore(last) # it was done: Trainer would take one step more
+    if last and _is_over(last, trainer.args): # it was done: Trainer would take one step more
+        trainer.restore(last)
+        trainer.state = TrainerState.load_from_json(str(last/'trainer_state.json'))
+        trainer.restore_best()
     else: trainer.train(resume_from_checkpoint=last and str(last))
 
 def _is_over(last, args):
@@ -464,14 +479,13 @@ def _is_over(last, args):
 ENDING = 'ending.json' # in the folder of a run with keep_best or patience
 
 def _end(trainer, folder):
-    "The best student, if that is asked for; and what ending.json says, or None"
+    "What ending.json says of the student that the run ended with, or None"
     args = trainer.args
     if args.metric_for_best_model is None: return None
     trainer.accelerator.wait_for_everyone() # for the last checkpoint
     last = max(checkpoints(folder))
     state = read_json(folder/f'checkpoint-{last}'/'trainer_state.json')
     best = state['best_global_step'] if args.load_best_model_at_end else None # None: it was never defined
-    if best not in (None, last): trainer.restore(find_checkpoint(folder, best))
     by = dict(on=list(trainer.splits)[0], metric=args.metric_for_best_model, score=state['best_metric'])
     return dict(checkpoint=best or last, updates=last, stopped_early=last < args.max_steps,
                 chosen=by if best else None)
