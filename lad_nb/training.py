@@ -6,11 +6,11 @@
 __all__ = ['ENDING', 'DistilArguments', 'take_cuda', 'named_settings', 'plan_settings', 'eval_settings', 'tracker_settings',
            'check_trackers', 'save_gates', 'load_gates', 'writing_aside', 'prune_checkpoints', 'only_tensors',
            'WholeCheckpoints', 'without_gain', 'Resumable', 'ScoresWhileTraining', 'scores_and_losses', 'rows_to_score',
-           'batch_collator', 'check_enough', 'one_or_all', 'no_metrics', 'DistilTrainer', 'ending_of', 'check_ours',
-           'clear_run', 'train']
+           'batch_collator', 'check_enough', 'count_updates', 'one_or_all', 'no_metrics', 'DistilTrainer', 'ending_of',
+           'check_ours', 'clear_run', 'train']
 
 # %% ../nbs/44_training.ipynb #2c1031a8
-import contextlib, errno, fnmatch, json, os, pickle, re, shutil
+import contextlib, copy, errno, fnmatch, json, math, os, pickle, re, shutil
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -400,6 +400,19 @@ def check_enough(
     if len(data) < rows_per_update:
         raise ValueError(f"batch_size is {rows_per_update}, but there are only {len(data)} training rows.")
 
+# %% ../nbs/44_training.ipynb #7d1c0a53
+def count_updates(
+    args: DistilArguments, # may count in epochs: without `max_steps`
+    rows: int,             # of the training data
+) -> DistilArguments:      # with `max_steps`
+    "`num_train_epochs`, passes over the rows, in updates"
+    if args.max_steps > 0: return args
+    accum, per_step = args.gradient_accumulation_steps, args.per_device_train_batch_size*args.world_size
+    batches = math.ceil(rows/per_step) if args.keep_last_batch else rows//(per_step*accum)*accum
+    counted = copy.copy(args) # the same arguments may be used for other rows
+    counted.max_steps = math.ceil(args.num_train_epochs*(batches/accum))
+    return counted
+
 # %% ../nbs/44_training.ipynb #e893b328
 def one_or_all(
     splits: dict, # {name: rows}
@@ -424,6 +437,7 @@ class DistilTrainer(WholeUpdates, LossInParts, TwoHalves, ScoresWhileTraining, R
         splits: dict | None=None, # {name: from `data.encode`}: scored while it trains, as `args` say
         metrics=None,          # (logits (N, C), labels (N,)) -> {metric: value}, of these
     ):
+        args = count_updates(args, len(train_dataset))
         per_step = args.per_device_train_batch_size*args.world_size # rows
         self.rows_per_update = per_step*args.gradient_accumulation_steps
         check_enough(train_dataset, self.rows_per_update)
