@@ -220,12 +220,11 @@ class Movement:
     def __init__(self): self.copy = None
 
     def before(self,
-        groups: dict,    # {name: parameters}, with their gradients
-        scale: float=1., # that the gradients were multiplied by (fp16)
+        groups: dict, # {name: parameters}, with their gradients
     ):
         "Read the gradients, and keep the weights"
-        norms = group_norms({name: [p.grad for p in params] for name, params in groups.items()})
-        self.groups, self.gradients = groups, {name: norm/scale for name, norm in norms.items()}
+        self.groups = groups
+        self.gradients = group_norms({name: [p.grad for p in params] for name, params in groups.items()})
         weights = [p.detach() for params in groups.values() for p in params]
         if self.copy is None: self.copy = [torch.empty_like(w) for w in weights]
         torch._foreach_copy_(self.copy, weights)
@@ -372,10 +371,6 @@ def _batch_fields(micro):
 def _learning_rates(optimizer): # {'student': .., 'gates': ..}
     return {dict(objective='gates').get(g['half'], g['half']): g['lr'] for g in optimizer.param_groups}
 
-def _loss_scale(optimizer): # by which fp16 multiplies the loss, and so the gradients
-    scaler = getattr(optimizer, 'scaler', None)
-    return 1. if scaler is None else scaler.get_scale()
-
 # %% ../nbs/57_records.ipynb #241188c5
 def _make_record(reader, state, distiller, tokenizer):
     "What a reader has read of an update"
@@ -413,7 +408,7 @@ class Reader(PassReader):
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.level: self.rates = _learning_rates(optimizer)
         if self.level != 'weights': return
-        self.movement.before(weight_groups(model), _loss_scale(optimizer))
+        self.movement.before(weight_groups(model))
 
     @count_time
     @torch.no_grad()

@@ -73,3 +73,13 @@ def test_a_warmup_below_one_is_a_share_of_the_updates(tmp_path, warmup, gates, r
         halves.optimizer.step()
         schedule.step()
     assert seen == rates
+
+
+@pytest.mark.parametrize('given, says', [
+    (dict(lr_scheduler_type='cosine'), "lr_scheduler_type is 'cosine'; 'linear' was expected"),
+    (dict(optim='adafactor'), "optim is 'adafactor'; 'adamw_torch' or 'adamw_torch_fused' was expected"),
+    (dict(label_smoothing_factor=.1), 'label_smoothing_factor is 0.1; 0.0 was expected.*soft_weight'),
+    (dict(train_sampling_strategy='sequential'), "'random' was expected.*length_groups=True"),
+    (dict(fp16=True), "mixed_precision is 'fp16'.*take bf16=True")])
+def test_settings_of_trainer_that_are_not_followed(tmp_path, given, says):
+    with pytest.raises(ValueError, match=says): DistilArguments(str(tmp_path), use_cpu=True, **given)
