@@ -497,6 +497,11 @@ def _labels_only(mapping, options):
                          "Give one, or take soft_weight=0.")
     return options
 
+# %% ../nbs/24_distiller.ipynb #2e6b7f31
+def _regresses(config):
+    "Whether a classifier says scores, as its own `forward` will find when it is given labels"
+    return config.problem_type == 'regression' or config.problem_type is None and config.num_labels == 1
+
 # %% ../nbs/24_distiller.ipynb #dc3ce9fd
 class Distiller(SourceMeasures, FrozenTeacher):
     "A student, its frozen teacher and the objective between them"
@@ -512,7 +517,7 @@ class Distiller(SourceMeasures, FrozenTeacher):
         if t is None: t, objective, mapping = s, _labels_only(mapping, objective), untaught(M)
         elif mapping is None: mapping = Mapping('kd', t.num_hidden_layers, M)
         check_fit(s, t, mapping, own_ids)
-        objective = dict(regression=s.problem_type == 'regression') | objective
+        objective = dict(regression=_regresses(s)) | objective
         super().__init__(teacher)
         self.student, self.own_ids = student, own_ids
         self.objective = Objective(mapping, t.hidden_size, s.hidden_size, **objective)
