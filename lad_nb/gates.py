@@ -92,6 +92,13 @@ def _ask(gate, h, previous):
     raise ValueError(f"The gate {type(gate).__name__} is to return two things: the new aggregate, of the "
                      f"layer's shape {tuple(h.shape)}, and its openness z, or None where it has none.")
 
+# %% ../nbs/20_gates.ipynb #8a41d6c1
+def _as_wide(h, chain):
+    "A layer, of the gates' type at least"
+    gates = next(chain.parameters(), h) # one layer alone goes through no gate
+    wide = torch.promote_types(h.dtype, gates.dtype)
+    return h if wide == h.dtype or torch.is_autocast_enabled(h.device.type) else h.to(wide)
+
 # %% ../nbs/20_gates.ipynb #97e10713
 class GateChain(nn.Module):
     "Gate blocks along a teacher's layers"
@@ -121,7 +128,7 @@ class GateChain(nn.Module):
         for segment in self.segments:
             previous = None
             for k in segment:
-                h = hidden[k - 1]
+                h = _as_wide(hidden[k - 1], self)
                 z = None
                 if previous is not None: h, z = _ask(self.gate[str(self.place[k])], h, previous)
                 if z is not None: out.openness[k] = z

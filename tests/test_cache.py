@@ -20,6 +20,7 @@ from lad_nb.experiment import run
 from lad_nb.mappings import make_mapping
 from lad_nb.models import SMALL, load_tokenizer
 from lad_nb.recipes import FAST
+from lad_nb.runs import read_log
 from lad_nb.students import make_student
 
 SLOW = ('bert_pkd', 'alp_kd_hidden', 'lad_cls', 'lad_no', 'partial_lad', 'lad_reversed', 'alp_kd',
@@ -34,6 +35,18 @@ def test_same_bytes_with_and_without(experiments, lad, method):
                            progress=False) for cached in (False, True))
     assert same_bytes(without, cached)
     assert (without/'gates.safetensors').exists() == ('lad' in method)
+
+
+@pytest.mark.parametrize('method', ['lad', 'lad_cls', 'scalar_mix_by_task', 'alp_kd_hidden_v2'])
+def test_states_in_bf16_under_gates_in_fp32(quick, tmp_path, method):
+    """A cache in half the room under a training in fp32: rounding of the states is all that differs."""
+    recipe = quick.replace(method=method, **FAST).replace(precision='fp32', log_step=1, dropout=0.)
+    logs = [read_log(run(recipe.replace(experiment=p, cache_precision=p), tmp_path, progress=False))
+            for p in ('fp32', 'bf16')]
+    assert len(logs[0]) == len(logs[1]) == 6
+    for full, half in zip(*logs):
+        for part in ('hard', 'soft', 'hidden_1', 'hidden_2'):
+            assert half[part] == pytest.approx(full[part], rel=.05, abs=1e-3), (full['step'], part)
 
 
 def test_the_teacher_is_not_asked_again(experiments, lad):
