@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from .data import teacher_part
-from .gates import Aggregates, GateChain, gate_amounts, part_amounts, to_shares, widen
+from .gates import Aggregates, GateChain, first_there, gate_amounts, part_amounts, to_shares, widen
 from .targets import Gate, Source, States, draw_layers
 from .mappings import Mapping, untaught
 from .losses import check_match, hard_loss, hidden_loss, matches, soft_loss
@@ -308,15 +308,15 @@ def _layer_weights(source, layers, told):
     T, weights = len(layers), told
     if told is None:
         read = [k - 1 for k in source.layers(T)]
-        weights = layers[0].new_zeros(1, 1, T)
+        weights = first_there(layers).new_zeros(1, 1, T)
         weights[..., read] = 1/len(read)
     elif told.dim() == 2: weights = told.unsqueeze(1)
-    return widen(weights).expand(*layers[0].shape[:2], T)
+    return widen(weights).expand(*first_there(layers).shape[:2], T)
 
 # %% ../nbs/24_distiller.ipynb #bc0a65c8
 def layer_amounts(
     source: Source,             # one that reads layers directly
-    layers: list,               # T tensors (B, S, H): teacher layers 1..T
+    layers: list,               # T tensors (B, S, H): teacher layers 1..T; None where it reads none
     told: Tensor | None=None,   # (B, T) or (B, S, T): the weights that the source says it gave
     target: Tensor | None=None, # (B, S, H): what it made of them
     what: str='content',        # 'content' or 'mixing'
@@ -325,6 +325,8 @@ def layer_amounts(
     "What a target is made of, token by token; NaN where equal weights were assumed and do not give it"
     amounts = weights = _layer_weights(source, layers, told)
     if what == 'content':
+        nothing = torch.zeros_like(first_there(layers))
+        layers = [nothing if h is None else h for h in layers]
         parts = [w.unsqueeze(-1)*widen(source.enters(h)) for w, h in zip(weights.unbind(-1), layers)]
         amounts = part_amounts(parts, by)
         assumed = told is None and target is not None

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['gate_kinds', 'GateBlock', 'find_gate', 'Aggregates', 'GateChain', 'widen', 'norm_parts', 'Untold', 'aggregate_parts',
-           'measure_name', 'part_amounts', 'gate_amounts', 'to_shares', 'mixing_weights', 'content_shares']
+           'measure_name', 'part_amounts', 'first_there', 'gate_amounts', 'to_shares', 'mixing_weights',
+           'content_shares']
 
 # %% ../nbs/20_gates.ipynb #e3300971
 from dataclasses import dataclass, field
@@ -235,6 +236,13 @@ def _content_rows(chain, hidden, aggregates, by):
     for k, parts in aggregate_parts(chain, hidden, aggregates):
         yield k, dict(zip(parts, part_amounts([*parts.values()], by).unbind(-1)))
 
+# %% ../nbs/20_gates.ipynb #4f3b8a91
+def first_there(
+    hidden: list, # T tensors (B, S, H), None where nobody reads a layer
+) -> Tensor:      # (B, S, H)
+    "The first layer that is not left out; all have its shape and type"
+    return next(h for h in hidden if h is not None)
+
 # %% ../nbs/20_gates.ipynb #237d9fa8
 @torch.no_grad()
 def gate_amounts(
@@ -249,8 +257,8 @@ def gate_amounts(
     aggregates = chain(hidden) if aggregates is None else aggregates
     mixing = what == 'mixing'
     rows = _mixing_rows(chain, hidden, aggregates) if mixing else _content_rows(chain, hidden, aggregates, by)
-    B, S, T = *hidden[0].shape[:2], len(hidden)
-    out = widen(hidden[0]).new_full((B, S, T, T + 1), float('nan'))
+    T, there = len(hidden), first_there(hidden)
+    out = widen(there).new_full((*there.shape[:2], T, T + 1), float('nan'))
     for k, row in rows:
         out[:, :, k - 1] = 0
         for j, amount in row.items(): out[:, :, k - 1, T if j == 'bias' else j - 1] = amount

@@ -18,7 +18,7 @@ from .values import shown
 from .losses import has_label
 from .distiller import Distiller
 from .encoders import parts_of
-from .gates import Untold, measure_name
+from .gates import Untold, first_there, measure_name
 from .mappings import Mapping
 from .training import LossParts
 from .pictures import Picture, draw_record, share_frame
@@ -242,8 +242,8 @@ def _gates_take(distiller, out, what, by):
     "What each gate takes, token by token; NaN where gates of one's own don't tell"
     try: return distiller.gate_amounts(out, what, by)
     except Untold:
-        B, S, T = *out.teacher_hidden[0].shape[:2], distiller.mapping.T
-        return out.teacher_hidden[0].new_full((B, S, T, T + 1), float('nan'), dtype=torch.float32)
+        there, T = first_there(out.teacher_hidden), distiller.mapping.T
+        return there.new_full((*there.shape[:2], T, T + 1), float('nan'), dtype=torch.float32)
 
 def _taken(distiller, out, real, by):
     "{'content', 'mixing': {gate, or student layer that attends: (T + 1,) amounts}}"

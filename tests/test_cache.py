@@ -17,10 +17,13 @@ from lad_nb.data import encode, load_task
 from lad_nb.distiller import Distiller
 from lad_nb.encoders import load_classifier
 from lad_nb.experiment import run
+from lad_nb.gates import to_shares
 from lad_nb.mappings import make_mapping
 from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.panel import LiveView
 from lad_nb.recipes import FAST
 from lad_nb.runs import read_log
+from lad_nb.stepper import Stepper
 from lad_nb.students import make_student
 
 SLOW = ('bert_pkd', 'alp_kd_hidden', 'lad_cls', 'lad_no', 'partial_lad', 'lad_reversed', 'alp_kd',
@@ -47,6 +50,32 @@ def test_states_in_bf16_under_gates_in_fp32(quick, tmp_path, method):
     for full, half in zip(*logs):
         for part in ('hard', 'soft', 'hidden_1', 'hidden_2'):
             assert half[part] == pytest.approx(full[part], rel=.05, abs=1e-3), (full['step'], part)
+
+
+@pytest.mark.parametrize('method', ['lad_no', 'bert_pkd'])
+def test_layers_that_are_not_read(quick, tmp_path, method):
+    """Four layers to one: of them a mapping reads two or one, and what is shown is what is shown without."""
+    recipe = quick.replace(method=method, num_hidden_layers=1, dropout=0., **FAST).replace(precision='fp32')
+    shown = {}
+    for cached in (False, True):
+        with Stepper(recipe.replace(experiment=f'{cached}', teacher_cache=cached), tmp_path) as stepper:
+            record, reading = stepper.step(2), stepper.read_gates()
+            trainer = stepper.trainer
+            batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+            batch.pop('row')
+            amounts = trainer.model.source_amounts(trainer.model.eval()(**batch, output_states=True))[1]
+            shares = to_shares(amounts, batch['attention_mask'])
+            shown[cached] = record.taken, reading and reading.taken, shares.tolist()
+            stepper.draw()
+    assert shown[True] == shown[False]
+    assert (shown[True][1] is not None) == (method == 'lad_no')
+
+
+def test_a_live_view_of_layers_that_are_not_read(quick, tmp_path):
+    live = LiveView(every=1)
+    recipe = quick.replace(method='lad_no', num_hidden_layers=1, **FAST).replace(precision='fp32')
+    run(recipe, tmp_path, progress=False, callbacks=[live])
+    assert live.record.step == 6 and list(live.record.taken['content']) == [3, 4]
 
 
 def test_the_teacher_is_not_asked_again(experiments, lad):
