@@ -415,7 +415,7 @@ def batch_collator(
     collate = collator(tokenizer, *how)
     if teacher_tokenizer is not None: collate = two_collators(collate, collator(teacher_tokenizer, *how))
     if cache is not None:
-        check_cache(cache, distiller, data)
+        check_cache(cache, distiller, data, tokenizer)
         collate = cache.collator(collate, distiller.mapping.reads)
     return numbered(collate)
 

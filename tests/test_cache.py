@@ -1,5 +1,6 @@
 """The teacher cache changes time and nothing else, for every kind of source; it survives being killed and
 being shared."""
+import copy
 import errno
 import json
 import os
@@ -25,6 +26,7 @@ from lad_nb.recipes import FAST
 from lad_nb.runs import read_log
 from lad_nb.stepper import Stepper
 from lad_nb.students import make_student
+from lad_nb.training import DistilArguments, DistilTrainer
 
 SLOW = ('bert_pkd', 'alp_kd_hidden', 'lad_cls', 'lad_no', 'partial_lad', 'lad_reversed', 'alp_kd',
         'alp_kd_hidden_v2', 'layer_mean', 'kd')
@@ -174,6 +176,20 @@ def test_a_full_disk_keeps_what_was_written(rows, tmp_path):
 def test_a_teacher_in_training_mode_is_refused(rows, tmp_path):
     teacher, data, tokenizer = rows
     with pytest.raises(ValueError, match='dropout'): teacher_cache(teacher.train(), data, tokenizer, tmp_path)
+
+
+def test_padding_on_the_left_is_refused(rows, tmp_path):
+    """A model with positions says something else of a token that padding moves: no cache can know it."""
+    teacher, data, tokenizer = rows
+    tokenizer = copy.copy(tokenizer)
+    cache = teacher_cache(teacher, data, tokenizer, tmp_path, progress=False)
+    tokenizer.padding_side = 'left'
+    says = "pads on the left.*padding_side to 'right', or train without the cache"
+    with pytest.raises(ValueError, match=says): teacher_cache(teacher, data, tokenizer, tmp_path)
+    student = make_student(teacher.bert, 3, 'toy')
+    lad = Distiller(student, teacher, make_mapping('lad', 6, 3), norm='token', mask_padding=True)
+    args = DistilArguments(str(tmp_path/'run'), use_cpu=True, max_steps=1)
+    with pytest.raises(ValueError, match=says): DistilTrainer(lad, args, data, tokenizer, cache=cache)
 
 
 def test_a_cache_of_other_rows_is_refused(rows, tmp_path):
