@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from .data import teacher_part
-from .gates import Aggregates, GateChain, gate_amounts, part_amounts, to_shares, widen
+from .gates import Aggregates, GateChain, first_there, gate_amounts, part_amounts, to_shares, widen
 from .targets import Gate, Source, States, draw_layers
 from .mappings import Mapping, untaught
 from .losses import check_match, hard_loss, hidden_loss, matches, soft_loss
@@ -308,15 +308,15 @@ def _layer_weights(source, layers, told):
     T, weights = len(layers), told
     if told is None:
         read = [k - 1 for k in source.layers(T)]
-        weights = layers[0].new_zeros(1, 1, T)
+        weights = first_there(layers).new_zeros(1, 1, T)
         weights[..., read] = 1/len(read)
     elif told.dim() == 2: weights = told.unsqueeze(1)
-    return widen(weights).expand(*layers[0].shape[:2], T)
+    return widen(weights).expand(*first_there(layers).shape[:2], T)
 
 # %% ../nbs/24_distiller.ipynb #bc0a65c8
 def layer_amounts(
     source: Source,             # one that reads layers directly
-    layers: list,               # T tensors (B, S, H): teacher layers 1..T
+    layers: list,               # T tensors (B, S, H): teacher layers 1..T; None where it reads none
     told: Tensor | None=None,   # (B, T) or (B, S, T): the weights that the source says it gave
     target: Tensor | None=None, # (B, S, H): what it made of them
     what: str='content',        # 'content' or 'mixing'
@@ -325,6 +325,8 @@ def layer_amounts(
     "What a target is made of, token by token; NaN where equal weights were assumed and do not give it"
     amounts = weights = _layer_weights(source, layers, told)
     if what == 'content':
+        nothing = torch.zeros_like(first_there(layers))
+        layers = [nothing if h is None else h for h in layers]
         parts = [w.unsqueeze(-1)*widen(source.enters(h)) for w, h in zip(weights.unbind(-1), layers)]
         amounts = part_amounts(parts, by)
         assumed = told is None and target is not None
@@ -497,6 +499,11 @@ def _labels_only(mapping, options):
                          "Give one, or take soft_weight=0.")
     return options
 
+# %% ../nbs/24_distiller.ipynb #2e6b7f31
+def _regresses(config):
+    "Whether a classifier says scores, as its own `forward` will find when it is given labels"
+    return config.problem_type == 'regression' or config.problem_type is None and config.num_labels == 1
+
 # %% ../nbs/24_distiller.ipynb #dc3ce9fd
 class Distiller(SourceMeasures, FrozenTeacher):
     "A student, its frozen teacher and the objective between them"
@@ -512,7 +519,7 @@ class Distiller(SourceMeasures, FrozenTeacher):
         if t is None: t, objective, mapping = s, _labels_only(mapping, objective), untaught(M)
         elif mapping is None: mapping = Mapping('kd', t.num_hidden_layers, M)
         check_fit(s, t, mapping, own_ids)
-        objective = dict(regression=s.problem_type == 'regression') | objective
+        objective = dict(regression=_regresses(s)) | objective
         super().__init__(teacher)
         self.student, self.own_ids = student, own_ids
         self.objective = Objective(mapping, t.hidden_size, s.hidden_size, **objective)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['gate_kinds', 'GateBlock', 'find_gate', 'Aggregates', 'GateChain', 'widen', 'norm_parts', 'Untold', 'aggregate_parts',
-           'measure_name', 'part_amounts', 'gate_amounts', 'to_shares', 'mixing_weights', 'content_shares']
+           'measure_name', 'part_amounts', 'first_there', 'gate_amounts', 'to_shares', 'mixing_weights',
+           'content_shares']
 
 # %% ../nbs/20_gates.ipynb #e3300971
 from dataclasses import dataclass, field
@@ -92,6 +93,13 @@ def _ask(gate, h, previous):
     raise ValueError(f"The gate {type(gate).__name__} is to return two things: the new aggregate, of the "
                      f"layer's shape {tuple(h.shape)}, and its openness z, or None where it has none.")
 
+# %% ../nbs/20_gates.ipynb #8a41d6c1
+def _as_wide(h, chain):
+    "A layer, of the gates' type at least"
+    gates = next(chain.parameters(), h) # one layer alone goes through no gate
+    wide = torch.promote_types(h.dtype, gates.dtype)
+    return h if wide == h.dtype or torch.is_autocast_enabled(h.device.type) else h.to(wide)
+
 # %% ../nbs/20_gates.ipynb #97e10713
 class GateChain(nn.Module):
     "Gate blocks along a teacher's layers"
@@ -121,7 +129,7 @@ class GateChain(nn.Module):
         for segment in self.segments:
             previous = None
             for k in segment:
-                h = hidden[k - 1]
+                h = _as_wide(hidden[k - 1], self)
                 z = None
                 if previous is not None: h, z = _ask(self.gate[str(self.place[k])], h, previous)
                 if z is not None: out.openness[k] = z
@@ -228,6 +236,13 @@ def _content_rows(chain, hidden, aggregates, by):
     for k, parts in aggregate_parts(chain, hidden, aggregates):
         yield k, dict(zip(parts, part_amounts([*parts.values()], by).unbind(-1)))
 
+# %% ../nbs/20_gates.ipynb #4f3b8a91
+def first_there(
+    hidden: list, # T tensors (B, S, H), None where nobody reads a layer
+) -> Tensor:      # (B, S, H)
+    "The first layer that is not left out; all have its shape and type"
+    return next(h for h in hidden if h is not None)
+
 # %% ../nbs/20_gates.ipynb #237d9fa8
 @torch.no_grad()
 def gate_amounts(
@@ -242,8 +257,8 @@ def gate_amounts(
     aggregates = chain(hidden) if aggregates is None else aggregates
     mixing = what == 'mixing'
     rows = _mixing_rows(chain, hidden, aggregates) if mixing else _content_rows(chain, hidden, aggregates, by)
-    B, S, T = *hidden[0].shape[:2], len(hidden)
-    out = widen(hidden[0]).new_full((B, S, T, T + 1), float('nan'))
+    T, there = len(hidden), first_there(hidden)
+    out = widen(there).new_full((*there.shape[:2], T, T + 1), float('nan'))
     for k, row in rows:
         out[:, :, k - 1] = 0
         for j, amount in row.items(): out[:, :, k - 1, T if j == 'bias' else j - 1] = amount

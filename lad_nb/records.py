@@ -18,7 +18,7 @@ from .values import shown
 from .losses import has_label
 from .distiller import Distiller
 from .encoders import parts_of
-from .gates import Untold, measure_name
+from .gates import Untold, first_there, measure_name
 from .mappings import Mapping
 from .training import LossParts
 from .pictures import Picture, draw_record, share_frame
@@ -220,12 +220,11 @@ class Movement:
     def __init__(self): self.copy = None
 
     def before(self,
-        groups: dict,    # {name: parameters}, with their gradients
-        scale: float=1., # that the gradients were multiplied by (fp16)
+        groups: dict, # {name: parameters}, with their gradients
     ):
         "Read the gradients, and keep the weights"
-        norms = group_norms({name: [p.grad for p in params] for name, params in groups.items()})
-        self.groups, self.gradients = groups, {name: norm/scale for name, norm in norms.items()}
+        self.groups = groups
+        self.gradients = group_norms({name: [p.grad for p in params] for name, params in groups.items()})
         weights = [p.detach() for params in groups.values() for p in params]
         if self.copy is None: self.copy = [torch.empty_like(w) for w in weights]
         torch._foreach_copy_(self.copy, weights)
@@ -243,8 +242,8 @@ def _gates_take(distiller, out, what, by):
     "What each gate takes, token by token; NaN where gates of one's own don't tell"
     try: return distiller.gate_amounts(out, what, by)
     except Untold:
-        B, S, T = *out.teacher_hidden[0].shape[:2], distiller.mapping.T
-        return out.teacher_hidden[0].new_full((B, S, T, T + 1), float('nan'), dtype=torch.float32)
+        there, T = first_there(out.teacher_hidden), distiller.mapping.T
+        return there.new_full((*there.shape[:2], T, T + 1), float('nan'), dtype=torch.float32)
 
 def _taken(distiller, out, real, by):
     "{'content', 'mixing': {gate, or student layer that attends: (T + 1,) amounts}}"
@@ -372,10 +371,6 @@ def _batch_fields(micro):
 def _learning_rates(optimizer): # {'student': .., 'gates': ..}
     return {dict(objective='gates').get(g['half'], g['half']): g['lr'] for g in optimizer.param_groups}
 
-def _loss_scale(optimizer): # by which fp16 multiplies the loss, and so the gradients
-    scaler = getattr(optimizer, 'scaler', None)
-    return 1. if scaler is None else scaler.get_scale()
-
 # %% ../nbs/57_records.ipynb #241188c5
 def _make_record(reader, state, distiller, tokenizer):
     "What a reader has read of an update"
@@ -413,7 +408,7 @@ class Reader(PassReader):
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.level: self.rates = _learning_rates(optimizer)
         if self.level != 'weights': return
-        self.movement.before(weight_groups(model), _loss_scale(optimizer))
+        self.movement.before(weight_groups(model))
 
     @count_time
     @torch.no_grad()

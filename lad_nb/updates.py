@@ -389,7 +389,7 @@ class TwoHalves:
         "One linear schedule per half; the gates' is the student's unless they have their own"
         if self.lr_scheduler is None:
             a, optimizer = self.args, optimizer or self.optimizer
-            warmup, gate_warmup = int(a.warmup_steps), a.gate_warmup_step
+            warmup, gate_warmup = a.get_warmup_steps(num_training_steps), a.gate_warmup_step # 0.1: a tenth
             gates = warmup if gate_warmup is None else gate_warmup, a.gate_total_step or num_training_steps
             self.lr_scheduler = two_schedules(getattr(optimizer, 'optimizer', optimizer),
                                               student=(warmup, num_training_steps), objective=gates)

@@ -7,6 +7,7 @@ import torch
 from lad_nb.experiment import resolve
 from lad_nb.recipes import Recipe
 from lad_nb.training import DistilArguments
+from lad_nb.updates import TwoHalves
 
 
 def arguments(folder, device='cpu', **settings):
@@ -54,3 +55,31 @@ def test_a_device_is_where_model_and_batches_go(monkeypatch):
     args = arguments('nowhere', device='cuda:2')
     assert (str(args.device), str(args.distributed_state.device)) == ('cuda:2', 'cuda:2')
     assert args.n_gpu == 1 and seen[-1] == 2
+
+
+@pytest.mark.parametrize('warmup, gates, rates', [
+    (.1, None, [(0., 0.), (.25, .25), (.5, .5)]), (4, None, [(0., 0.), (.25, .25), (.5, .5)]),
+    (.1, 2, [(0., 0.), (.25, .5), (.5, 1.)]), (0, None, [(1., 1.), (39/40, 39/40), (38/40, 38/40)])])
+def test_a_warmup_below_one_is_a_share_of_the_updates(tmp_path, warmup, gates, rates):
+    """As in Trainer: 0.1 of forty updates are four. The gates warm up with the student unless told."""
+    halves = TwoHalves()
+    halves.args = DistilArguments(str(tmp_path), warmup_steps=warmup, gate_warmup_step=gates, use_cpu=True)
+    weight = lambda: torch.zeros(1, requires_grad=True)
+    groups = [dict(params=[weight()], half=half) for half in ('student', 'objective')]
+    halves.optimizer, halves.lr_scheduler = torch.optim.AdamW(groups, lr=1.), None
+    schedule, seen = halves.create_scheduler(40), []
+    for _ in rates:
+        seen.append(tuple(schedule.get_last_lr()))
+        halves.optimizer.step()
+        schedule.step()
+    assert seen == rates
+
+
+@pytest.mark.parametrize('given, says', [
+    (dict(lr_scheduler_type='cosine'), "lr_scheduler_type is 'cosine'; 'linear' was expected"),
+    (dict(optim='adafactor'), "optim is 'adafactor'; 'adamw_torch' or 'adamw_torch_fused' was expected"),
+    (dict(label_smoothing_factor=.1), 'label_smoothing_factor is 0.1; 0.0 was expected.*soft_weight'),
+    (dict(train_sampling_strategy='sequential'), "'random' was expected.*length_groups=True"),
+    (dict(fp16=True), "mixed_precision is 'fp16'.*take bf16=True")])
+def test_settings_of_trainer_that_are_not_followed(tmp_path, given, says):
+    with pytest.raises(ValueError, match=says): DistilArguments(str(tmp_path), use_cpu=True, **given)

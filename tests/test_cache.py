@@ -1,5 +1,6 @@
 """The teacher cache changes time and nothing else, for every kind of source; it survives being killed and
 being shared."""
+import copy
 import errno
 import json
 import os
@@ -17,10 +18,15 @@ from lad_nb.data import encode, load_task
 from lad_nb.distiller import Distiller
 from lad_nb.encoders import load_classifier
 from lad_nb.experiment import run
+from lad_nb.gates import to_shares
 from lad_nb.mappings import make_mapping
 from lad_nb.models import SMALL, load_tokenizer
+from lad_nb.panel import LiveView
 from lad_nb.recipes import FAST
+from lad_nb.runs import read_log
+from lad_nb.stepper import Stepper
 from lad_nb.students import make_student
+from lad_nb.training import DistilArguments, DistilTrainer
 
 SLOW = ('bert_pkd', 'alp_kd_hidden', 'lad_cls', 'lad_no', 'partial_lad', 'lad_reversed', 'alp_kd',
         'alp_kd_hidden_v2', 'layer_mean', 'kd')
@@ -34,6 +40,44 @@ def test_same_bytes_with_and_without(experiments, lad, method):
                            progress=False) for cached in (False, True))
     assert same_bytes(without, cached)
     assert (without/'gates.safetensors').exists() == ('lad' in method)
+
+
+@pytest.mark.parametrize('method', ['lad', 'lad_cls', 'scalar_mix_by_task', 'alp_kd_hidden_v2'])
+def test_states_in_bf16_under_gates_in_fp32(quick, tmp_path, method):
+    """A cache in half the room under a training in fp32: rounding of the states is all that differs."""
+    recipe = quick.replace(method=method, **FAST).replace(precision='fp32', log_step=1, dropout=0.)
+    logs = [read_log(run(recipe.replace(experiment=p, cache_precision=p), tmp_path, progress=False))
+            for p in ('fp32', 'bf16')]
+    assert len(logs[0]) == len(logs[1]) == 6
+    for full, half in zip(*logs):
+        for part in ('hard', 'soft', 'hidden_1', 'hidden_2'):
+            assert half[part] == pytest.approx(full[part], rel=.05, abs=1e-3), (full['step'], part)
+
+
+@pytest.mark.parametrize('method', ['lad_no', 'bert_pkd'])
+def test_layers_that_are_not_read(quick, tmp_path, method):
+    """Four layers to one: of them a mapping reads two or one, and what is shown is what is shown without."""
+    recipe = quick.replace(method=method, num_hidden_layers=1, dropout=0., **FAST).replace(precision='fp32')
+    shown = {}
+    for cached in (False, True):
+        with Stepper(recipe.replace(experiment=f'{cached}', teacher_cache=cached), tmp_path) as stepper:
+            record, reading = stepper.step(2), stepper.read_gates()
+            trainer = stepper.trainer
+            batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+            batch.pop('row')
+            amounts = trainer.model.source_amounts(trainer.model.eval()(**batch, output_states=True))[1]
+            shares = to_shares(amounts, batch['attention_mask'])
+            shown[cached] = record.taken, reading and reading.taken, shares.tolist()
+            stepper.draw()
+    assert shown[True] == shown[False]
+    assert (shown[True][1] is not None) == (method == 'lad_no')
+
+
+def test_a_live_view_of_layers_that_are_not_read(quick, tmp_path):
+    live = LiveView(every=1)
+    recipe = quick.replace(method='lad_no', num_hidden_layers=1, **FAST).replace(precision='fp32')
+    run(recipe, tmp_path, progress=False, callbacks=[live])
+    assert live.record.step == 6 and list(live.record.taken['content']) == [3, 4]
 
 
 def test_the_teacher_is_not_asked_again(experiments, lad):
@@ -132,6 +176,20 @@ def test_a_full_disk_keeps_what_was_written(rows, tmp_path):
 def test_a_teacher_in_training_mode_is_refused(rows, tmp_path):
     teacher, data, tokenizer = rows
     with pytest.raises(ValueError, match='dropout'): teacher_cache(teacher.train(), data, tokenizer, tmp_path)
+
+
+def test_padding_on_the_left_is_refused(rows, tmp_path):
+    """A model with positions says something else of a token that padding moves: no cache can know it."""
+    teacher, data, tokenizer = rows
+    tokenizer = copy.copy(tokenizer)
+    cache = teacher_cache(teacher, data, tokenizer, tmp_path, progress=False)
+    tokenizer.padding_side = 'left'
+    says = "pads on the left.*padding_side to 'right', or train without the cache"
+    with pytest.raises(ValueError, match=says): teacher_cache(teacher, data, tokenizer, tmp_path)
+    student = make_student(teacher.bert, 3, 'toy')
+    lad = Distiller(student, teacher, make_mapping('lad', 6, 3), norm='token', mask_padding=True)
+    args = DistilArguments(str(tmp_path/'run'), use_cpu=True, max_steps=1)
+    with pytest.raises(ValueError, match=says): DistilTrainer(lad, args, data, tokenizer, cache=cache)
 
 
 def test_a_cache_of_other_rows_is_refused(rows, tmp_path):
