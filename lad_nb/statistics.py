@@ -186,7 +186,7 @@ def _draw_seeds(rng, resamples, groups):
 
 # %% ../nbs/60_statistics.ipynb #175c8d86
 def _kinds_of_rows(a, b, labels):
-    "Rows with one label and the same answers in every run are of a kind: a (seeds, K), b, labels, counts (K,)"
+    "Rows of one label and the same answers in every run are of a kind: a (seeds, K), b, labels, counts (K,)"
     kinds, counts = np.unique(np.vstack([labels, a, b]), axis=1, return_counts=True)
     return kinds[1:1 + len(a)], kinds[1 + len(a):], kinds[0], counts
 
