@@ -225,9 +225,8 @@ def _check_scored(study, lines):
         got = (line.get('answers') or {}).get(name, {}).get('count')
         if asked and got not in (None, asked): # None: not kept, or an old line
             raise ValueError(f"{line['task']}, {line['method']}, seed {line['seed']}: the result that is "
-                             f"there was scored on {got} {name.replace('_', '-')} rows; {study.name} asks "
-                             f"for {asked}. Give the changed study another name, or take its old lines out of "
-                             "runs.jsonl.")
+                             f"there was scored on {got} {name} rows; {study.name} asks for {asked}. "
+                             "Give the changed study another name, or take its old lines out of runs.jsonl.")
 
 def missing(
     study: Study,
