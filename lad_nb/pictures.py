@@ -159,7 +159,9 @@ def _draw_terms(ax, history, weights):
         ax.plot(terms.step, terms[part], color=color, ls=dash, lw=1.8 if part == 'loss' else 1.1,
                 marker='o', ms=2 if len(terms) < 40 else 0, label=label)
     ax.legend(frameon=False, ncols=2, loc='upper center', bbox_to_anchor=(.5, -.22))
-    ax.set(yscale='log' if (terms.iloc[:, 1:] > 0).all(axis=None) else 'linear')
+    low, high = terms.iloc[:, 1:].min(axis=None), terms.iloc[:, 1:].max(axis=None)
+    if 0 < 3*low < high: ax.set_yscale('log')
+    else: ax.set_ylim(1.1*min(0, low), 1.1*max(0, high)) # a loss that stays is a level line
 
 # %% ../nbs/55_pictures.ipynb #40caeb17
 def _draw_worst(ax, mapping, record):
@@ -167,7 +169,7 @@ def _draw_worst(ax, mapping, record):
     worst, title = None if record is None else record.hardest, None
     if worst:
         title = f"Matched worst:\nstudent {worst}, {record.parts[f'hidden_{worst}']:.3g}"
-        circle = dict(ms=17, mfc='none', mec=PART_COLOURS['hidden'], mew=1.5)
+        circle = dict(ms=17, mfc='none', mec=PART_COLOURS['hidden'], mew=1.5, clip_on=False)
     plot_mapping(mapping_edges(mapping), ax, title)
     ax.title.set_size(LABEL)
     if worst: ax.plot(2, mapping.student_of(worst)*mapping.T/mapping.M, 'o', **circle)
