@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from .durable import write_text
 from .devices import random_state, set_random_state
 from .rows import Rows
-from .runs import check_new, checkpoints, find_experiment, read_log
+from .runs import check_new, checkpoints, find_experiment, found_places, read_log
 from .training import DistilTrainer, train
 from .recipes import Recipe
 from .experiment import assemble, resolve
@@ -426,10 +426,11 @@ class AskedRun(BegunRun):
     def score(self, **which) -> dict: # metric: value. `which`: split, rows, .. as in `evaluation.evaluate`
         "Score the student where the run stands, on dev by default"
         _not_while_running(self, 'it is scored')
-        said = (self.trainer.description or {}).get('recipe')
-        if said is None: raise ValueError("A trainer without a recipe has no task: take evaluation.evaluate.")
+        said = found_places(self.trainer.description or {}, self.folder.parent)
+        if not said: raise ValueError("A trainer without a recipe has no task: take evaluation.evaluate.")
         device = self.trainer.args.device
         asked = {k: said[k] for k in ('task', 'data_dir', 'max_seq_len', 'bad_rows') if k in said}
+        if which.get('rows') is not None: asked.pop('data_dir', None) # they come from no folder
         asked |= dict(tokenizer=self.trainer.processing_class,
                       device_id=-1 if device.type == 'cpu' else device.index) | which
         random = random_state()

@@ -16,6 +16,7 @@ from lad_nb.recipes import Recipe, check_recipe
 from lad_nb.runs import checkpoints, read_log
 from lad_nb.similarity import dev_losses, loss_parts
 from lad_nb.stepper import Stepper
+from lad_nb.tasks import get_task, tasks, write_task
 from lad_nb.training import ending_of
 
 WATCH = dict(eval_step=2, keep_best=True)
@@ -233,3 +234,17 @@ def test_a_tracker_gets_the_numbers_of_the_log(base, tmp_path, monkeypatch):
     twin = rerun(folder, progress=False)  # somebody's trackers are not turned on
     assert len(client.search_runs([found.info.experiment_id])) == 1
     assert same_bytes(twin, folder)
+
+
+def test_a_held_run_is_scored_on_the_rows_of_its_folder(base, dev, tmp_path, monkeypatch):
+    """Its plan names that folder as seen from the experiments, not from where the program runs."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        write_task('pairs', 'rows', get_task('toy').labels, train=load_task('toy', size=40), dev=dev)
+        recipe = base.replace(task='pairs', data_dir='rows', train_size=None)
+        with Stepper(recipe, 'experiments') as held:
+            held.step()
+            assert held.trainer.description['recipe']['data_dir'] == '../rows'
+            scores = held.score()
+            assert held.score(rows=dev) == scores == held.score(data_dir='rows')
+    finally: tasks.pop('pairs', None)
