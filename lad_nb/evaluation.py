@@ -24,7 +24,7 @@ from .scores import score
 from .runs import bad_rows_of, checkpoints, find_experiment, find_checkpoint, run_setting, task_of
 from .training import DistilArguments
 from .recipes import Evaluation
-from .sources import teacher_folder
+from .sources import ended_with, teacher_folder
 
 # %% ../nbs/48_evaluation.ipynb #396bd4df
 def _answers(model, data, tokenizer, batch_size, device_id):
@@ -277,7 +277,7 @@ def _missing_split(task, data_dir, split):
 # %% ../nbs/48_evaluation.ipynb #0fb20221
 def _planned_checkpoints(evaluation, folder, missing):
     "The checkpoints that would be read: one for predictions, else all"
-    try: place = find_checkpoint(folder, evaluation.ckpt) # the last one, when none is named
+    try: place = ended_with(folder, evaluation.ckpt)
     except FileNotFoundError as e:
         missing.append(f'experiment: {e}')
         return []

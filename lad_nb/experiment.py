@@ -39,7 +39,7 @@ from .training import (DistilArguments, DistilTrainer, check_enough, check_ours,
 from .recipes import (Recipe, check_recipe, check_schedule, fitting_warmup, in_updates, mapping_of,
                             recipe_from_dict, student_start)
 from .sources import (FoundModel, NotAllowed, check_method, check_sizes_allowed, find_encoder,
-                            find_rows, find_teacher, own_model, rows_hash, teacher_of, told,
+                            find_rows, find_teacher, own_model, rows_hash, teacher_folder, teacher_of, told,
                             with_families)
 
 # %% ../nbs/47_experiment.ipynb #346e7529
@@ -542,9 +542,16 @@ def rerun(
 # %% ../nbs/47_experiment.ipynb #fa1b4db2
 def _teacher_again(recipe, folder, said, allow_hub):
     "The teacher of a run that is repeated: where it is now"
+    named_once = dict(teacher_exp=None, tckpt=None) # beside a folder
     try: teacher = teacher_of(folder, said)
     except FileNotFoundError:
-        if allow_hub and recipe.teacher is not None: return {} # compared when it is here
+        if allow_hub and recipe.teacher is not None: return named_once # compared when it is here
         raise
-    beside = recipe.teacher is None and teacher.is_relative_to(folder.parent)
-    return {} if beside else dict(teacher=str(teacher))
+    if _leads_to(recipe, folder.parent, teacher): return {}
+    return named_once | dict(teacher=str(teacher))
+
+def _leads_to(recipe, root, teacher):
+    "Whether the experiment that a recipe names has that teacher, as the checkpoint that it means"
+    if recipe.teacher is not None: return False
+    try: return teacher_folder(recipe, root).samefile(teacher)
+    except (OSError, ValueError): return False

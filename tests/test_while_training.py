@@ -8,13 +8,14 @@ from conftest import FILES, same_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from lad_nb.cli import parse, recipe_of
+from lad_nb.cli import main, parse, recipe_of
 from lad_nb.data import load_task
 from lad_nb.evaluation import evaluate
 from lad_nb.experiment import open_run, rerun, resolve, run
 from lad_nb.recipes import Recipe, check_recipe
 from lad_nb.runs import checkpoints, read_log
 from lad_nb.similarity import dev_losses, loss_parts
+from lad_nb.sources import find_teacher
 from lad_nb.stepper import Stepper
 from lad_nb.tasks import get_task, tasks, write_task
 from lad_nb.training import ending_of
@@ -124,6 +125,48 @@ def test_the_best_checkpoint_outlives_its_age(base, dev, best, tmp_path):
     folder = run(base.replace(keep_ckpt=1, **WATCH), tmp_path, progress=False, eval_rows=dev)
     assert [*checkpoints(folder)] == [ending_of(best)['checkpoint'], 12]
     assert same_bytes(folder, best) and ending_of(folder) == ending_of(best)
+
+
+def test_a_student_learns_from_what_its_teacher_ended_with(base, best):
+    """The best checkpoint of a teacher with keep_best; the last of one without; another by its number."""
+    student = base.replace(experiment='x', teacher=None, teacher_exp='LAD')
+    ended = ending_of(best)['checkpoint']
+    taught = [find_teacher(student.replace(tckpt=n), best.parent).folder for n in (None, 12)]
+    assert [f.name for f in taught] == [f'checkpoint-{ended}', 'checkpoint-12'] and ended < 12
+    assert (taught[0]/FILES[0]).read_bytes() == (best/FILES[0]).read_bytes()
+    (best/'ending.json').rename(aside := best.parent/'ending.json')  # as after a run without it
+    try: assert find_teacher(student, best.parent).folder.name == 'checkpoint-12'
+    finally: aside.rename(best/'ending.json')
+
+
+def test_predictions_are_those_of_the_checkpoint_that_a_run_ended_with(best, capsys):
+    flags = f'--experiment LAD --task toy --dataset dev --device_id -1 --root {best.parent}'.split()
+    place, asked = f"checkpoint-{ending_of(best)['checkpoint']}", ['generate_test_prediction', *flags]
+    assert main([*asked, '--dry_run']) == 0
+    assert [os.path.basename(p) for p in json.loads(capsys.readouterr().out)['checkpoints']] == [place]
+    assert main(asked) == 0
+    assert f'predictions/{place}/' in capsys.readouterr().out
+
+
+def test_a_run_goes_again_with_the_teacher_that_it_had(base, best):
+    """Its experiment has another end than the checkpoint that was learned from."""
+    student = base.replace(experiment='again', teacher=None, teacher_exp='LAD', tckpt=12, total_step=3)
+    folder = run(student, best.parent, progress=False)
+    said = json.loads((folder/'recipe.json').read_text())
+    said['recipe']['tckpt'] = None  # the last, when it began
+    (folder/'recipe.json').write_text(json.dumps(said))
+    twin = rerun(folder, progress=False)
+    assert same_bytes(twin, folder)
+    told = json.loads((twin/'recipe.json').read_text())
+    assert told['teacher'] == said['teacher'] and told['recipe']['teacher_exp'] is None
+
+
+def test_a_teacher_is_named_once(base, tmp_path, capsys):
+    with pytest.raises(ValueError, match="teacher_exp is 'other' and tckpt is 231 as well.*Take one of the"):
+        resolve(base.replace(teacher_exp='other', tckpt=231), tmp_path)
+    asked = f'eval_dev_loss --experiment x --task toy --teacher {base.teacher} --root {tmp_path}'.split()
+    assert main([*asked, '--tckpt', '4']) == 2
+    assert 'and tckpt is 4 as well' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('step', [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 11))])
