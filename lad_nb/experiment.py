@@ -6,7 +6,8 @@
 __all__ = ['Plan', 'mapping_told', 'sources_told', 'scored_told', 'schedule_told', 'Search', 'depth_of', 'check_batches',
            'rows_to_score_on', 'check_scored', 'check_later_settings', 'check_models', 'read_alike',
            'layers_to_start_from', 'devices_of', 'precision_of', 'resolve', 'assemble_distiller', 'distiller_of',
-           'reader_of', 'encode_for_both', 'join_teacher', 'assemble', 'run', 'check_overwrite', 'open_run', 'rerun']
+           'reader_of', 'saved_reader', 'encode_for_both', 'join_teacher', 'assemble', 'run', 'check_overwrite',
+           'open_run', 'rerun']
 
 # %% ../nbs/47_experiment.ipynb #f1d0af50
 import os, warnings
@@ -24,7 +25,7 @@ from .data import add_teacher_ids, encode
 from .rows import Rows, count_unlabelled, labelled_only, rows_of
 from .mappings import Mapping, mapping_from_dict, mapping_to_dict, untaught
 from .losses import check_match
-from .distiller import Distiller
+from .distiller import Distiller, inputs_of
 from .models import load_tokenizer, same_tokens, tokenizer_hashes
 from .encoders import check_labels, load_classifier, load_encoder, make_classifier
 from .students import SIZES, init_layers, make_student, other_sizes
@@ -393,6 +394,15 @@ def reader_of(
     segments = lambda t: t is not None and 'token_type_ids' in t.model_input_names
     return theirs if segments(theirs) and not segments(tokenizer) else tokenizer
 
+def saved_reader(
+    student,   # a classifier
+    tokenizer, # its encoder's
+    theirs,    # the teacher's, with the same ids; None without one
+):             # one of the two
+    "The tokenizer that is saved with a student: the one whose segments it learned from, if it reads any"
+    reads_segments = 'token_type_ids' in inputs_of(student, dict(token_type_ids=()))
+    return reader_of(tokenizer, theirs) if reads_segments else tokenizer
+
 def encode_for_both(
     plan: Plan,
     tokenizer,  # the student's
@@ -431,6 +441,7 @@ def assemble(
     args = DistilArguments.from_plan(plan, progress)
     distiller, tokenizer = assemble_distiller(plan)
     theirs = None if plan.teacher is None else load_tokenizer(plan.teacher.folder)
+    if not plan.own_ids: tokenizer = saved_reader(distiller.student, tokenizer, theirs)
     data, cache = encode_for_both(plan, tokenizer, theirs), None
     if distiller.teacher is not None:
         beside = plan.teacher_device == plan.device # under torchrun each process has its own
