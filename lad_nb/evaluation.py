@@ -18,6 +18,7 @@ from .devices import keep_random_state, pick_device
 from .tasks import Task, get_task, splits_named
 from .data import check_vocabulary, collator, encode, find_data, load_task
 from .rows import Rows, labelled_only, rows_of
+from .distiller import inputs_of
 from .models import SMALL, load_tokenizer
 from .encoders import load_classifier
 from .scores import score
@@ -35,7 +36,11 @@ def _answers(model, data, tokenizer, batch_size, device_id):
                                disable_tqdm=True, use_cpu=device.type == 'cpu', cuda_index=device.index,
                                dataloader_pin_memory=torch.cuda.is_available())
         trainer = Trainer(model, args, data_collator=collator(tokenizer), processing_class=tokenizer)
-        return trainer.predict(data).predictions
+        return trainer.predict(data.select_columns(_read(model, data))).predictions
+
+def _read(model, data):
+    "The columns that a model reads, as in training: no segments where it has one type of them"
+    return [*inputs_of(model, dict.fromkeys(data.column_names, ()))]
 
 # %% ../nbs/48_evaluation.ipynb #3b941af8
 def predict(
@@ -231,7 +236,7 @@ def _seconds(model, batches):
     "Seconds that one model takes for all batches"
     start = time.perf_counter()
     with torch.inference_mode():
-        for batch in batches: model(**batch)
+        for batch in batches: model(**inputs_of(model, batch))
     return time.perf_counter() - start
 
 # %% ../nbs/48_evaluation.ipynb #8bb3c5df
