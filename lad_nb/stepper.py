@@ -20,7 +20,7 @@ from .runs import check_new, checkpoints, find_experiment, found_places, read_lo
 from .training import DistilTrainer, train
 from .recipes import Recipe
 from .experiment import assemble, resolve
-from .evaluation import evaluate
+from .evaluation import at_rest, evaluate
 from .pictures import Picture, draw_run
 from .pages import replay_html
 from .records import Pace, Reader, StepRecord
@@ -305,23 +305,13 @@ def logged_history(
     "The lines that have a loss, as rows of a history; parts that are not logged are 0"
     return [tuple(line.get(name) or 0. for name in columns) for line in lines if 'loss' in line]
 
-# %% ../nbs/58_stepper.ipynb #a87f4d88
-@contextlib.contextmanager
-def _at_rest(model):
-    "Without dropout and gradients; every part trains again afterwards if it did before"
-    before = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad(): yield model.eval()
-    finally:
-        for module, training in before.items(): module.training = training
-
 # %% ../nbs/58_stepper.ipynb #65c783c0
 def _first_pass(trainer, rows):
     "The distiller's output for the first training rows, and which of their tokens are real"
     some = trainer.train_dataset.select(range(min(rows, len(trainer.train_dataset))))
     batch = trainer._prepare_inputs(trainer.data_collator(list(some)))
     batch.pop('row') # their numbers, which are the trainer's own affair
-    with _at_rest(trainer.model) as distiller: return distiller(**batch, output_states=True), batch
+    with at_rest(trainer.model) as distiller: return distiller(**batch, output_states=True), batch
 
 # %% ../nbs/58_stepper.ipynb #237a7760
 class GateReading:
@@ -434,7 +424,7 @@ class AskedRun(BegunRun):
         asked |= dict(tokenizer=self.trainer.processing_class,
                       device_id=-1 if device.type == 'cpu' else device.index) | which
         random = random_state()
-        with _at_rest(self.trainer.model.student) as student: found = evaluate(student, **asked)
+        found = evaluate(self.trainer.model.student, **asked)
         set_random_state(random)
         if not which: self.scores = {self.done: found}
         return found
