@@ -21,7 +21,7 @@ from .data import check_vocabulary, collator, encode, find_data, load_task
 from .rows import Rows, labelled_only, rows_of
 from .distiller import inputs_of
 from .models import SMALL, load_tokenizer
-from .encoders import load_classifier
+from .encoders import load_classifier, padded_to
 from .scores import score
 from .runs import bad_rows_of, checkpoints, find_experiment, find_checkpoint, run_setting, task_of
 from .training import DistilArguments
@@ -48,7 +48,8 @@ def _answers(model, data, tokenizer, batch_size, device_id):
         args = DistilArguments(nowhere, per_device_eval_batch_size=batch_size, report_to='none',
                                disable_tqdm=True, use_cpu=device.type == 'cpu', cuda_index=device.index,
                                dataloader_pin_memory=torch.cuda.is_available())
-        trainer = Trainer(model, args, data_collator=collator(tokenizer), processing_class=tokenizer)
+        collate = collator(tokenizer, max_seq_len=padded_to(model))
+        trainer = Trainer(model, args, data_collator=collate, processing_class=tokenizer)
         with at_rest(model): return trainer.predict(data.select_columns(_read(model, data))).predictions
 
 def _read(model, data):
@@ -239,9 +240,9 @@ def write_predictions(
     return files
 
 # %% ../nbs/48_evaluation.ipynb #9b4b3104
-def _batches(data, tokenizer, size=32):
-    "Padded batches without labels, in the order of the rows"
-    data, collate = data.remove_columns('labels'), collator(tokenizer)
+def _batches(data, tokenizer, size=32, most=128):
+    "Padded batches without labels, in the order of the rows; none is longer than `most`"
+    data, collate = data.remove_columns('labels'), collator(tokenizer, max_seq_len=most)
     return [collate([data[j] for j in range(i, min(i + size, len(data)))]) for i in range(0, len(data), size)]
 
 # %% ../nbs/48_evaluation.ipynb #f6ed5d1e
@@ -276,7 +277,8 @@ def costs(
     data = load_task(task, task.dev[0], data_dir, bad_rows=bad_rows or bad_rows_of(first))
     data = encode(data, tokenizer, max_seq_len)
     data = data.select(range(min(rows, len(data))))
-    batches, times = _batches(data, tokenizer), {name: [] for name in models}
+    batches = _batches(data, tokenizer, most=padded_to(*loaded.values()))
+    times = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in loaded.items(): times[name].append(_seconds(model, batches)/len(data))
     found = {name: _cost(folder, loaded[name], times[name]) for name, folder in models.items()}

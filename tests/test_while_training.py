@@ -6,12 +6,13 @@ import signal
 import pytest
 from conftest import FILES, same_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerCallback
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from lad_nb.cli import main, parse, recipe_of
 from lad_nb.data import load_task
-from lad_nb.evaluation import evaluate
+from lad_nb.evaluation import costs, evaluate
 from lad_nb.experiment import open_run, rerun, resolve, run
+from lad_nb.models import load_tokenizer
 from lad_nb.recipes import Recipe, check_recipe
 from lad_nb.runs import checkpoints, read_log
 from lad_nb.similarity import dev_losses, loss_parts
@@ -277,6 +278,21 @@ def test_a_tracker_gets_the_numbers_of_the_log(base, tmp_path, monkeypatch):
     twin = rerun(folder, progress=False)  # somebody's trackers are not turned on
     assert len(client.search_runs([found.info.experiment_id])) == 1
     assert same_bytes(twin, folder)
+
+
+@pytest.mark.parametrize('form', [{}, dict(teacher_cache=True)])
+def test_no_row_is_padded_to_more_than_a_model_has_positions(base, dev, tiny, tmp_path, form):
+    """Twenty of them, and rows that fill them: the next multiple of eight would be too long."""
+    few = BertConfig.from_pretrained(tiny, max_position_embeddings=20)
+    BertForSequenceClassification(few).save_pretrained(tmp_path/'few')
+    load_tokenizer(tiny).save_pretrained(tmp_path/'few')
+    long = [dict(row, sentence1=' '.join([row['sentence1']]*5)) for row in dev]
+    recipe = base.replace(teacher=str(tmp_path/'few'), ptrain_ver=str(tmp_path/'few'), max_seq_len=20,
+                          train_size=None, total_step=2, warmup_step=1, eval_step=2, **form)
+    folder = run(recipe, tmp_path, progress=False, rows=long, eval_rows=long)
+    scores = evaluate(folder, 'toy', rows=long, max_seq_len=20)
+    assert scores['accuracy'] == evaluations(folder)[-1]['eval_accuracy']
+    assert len(costs({name: tmp_path/'few' for name in 'ab'}, 'toy', max_seq_len=20, rows=4, rounds=1)) == 2
 
 
 def test_a_held_run_is_scored_on_the_rows_of_its_folder(base, dev, tmp_path, monkeypatch):
