@@ -205,8 +205,8 @@ def _predict(asked, folder, args):
     checkpoint = ended_with(folder, asked.ckpt)
     out = args.out or folder/'predictions'/checkpoint.name
     data_dir = asked.data_dir or run_setting(folder, 'data_dir')
-    files = write_predictions(checkpoint, asked.task, out, data_dir, run_setting(folder, 'max_seq_len', 128),
-                              asked.batch_size, asked.device_id, asked.dataset, asked.bad_rows)
+    files = write_predictions(checkpoint, asked.task, out, data_dir, None, asked.batch_size, asked.device_id,
+                              asked.dataset, asked.bad_rows)
     _say(*files)
 
 # %% ../nbs/78_cli.ipynb #10df61e0

@@ -23,7 +23,8 @@ from .distiller import inputs_of
 from .models import SMALL, load_tokenizer
 from .encoders import load_classifier, padded_to
 from .scores import score
-from .runs import bad_rows_of, checkpoints, find_experiment, find_checkpoint, run_setting, task_of
+from .runs import (
+    bad_rows_of, checkpoints, find_checkpoint, find_experiment, max_seq_len_of, run_setting, task_of)
 from .training import DistilArguments
 from .recipes import Evaluation
 from .sources import ended_with, teacher_folder
@@ -113,7 +114,7 @@ def evaluate(
     task: str | Task,                    # whose data and metrics
     split: str='dev',                    # as in `tasks.splits_named`
     data_dir: str | Path | None=None,    # as in `data.load_task`
-    max_seq_len: int=128,                # S
+    max_seq_len: int | None=None,        # S; the run's by default, 128 for a model that is not a run's
     batch_size: int=256,                 # rows at a time
     device_id: int | None=None,          # as in `devices.pick_device`
     tokenizer=None,                      # the model folder's by default
@@ -125,6 +126,7 @@ def evaluate(
     task, out, left_out = task_of(task, model), {}, []
     names, rows, unlabelled = _to_score(task, split, data_dir, rows)
     bad_rows = bad_rows or bad_rows_of(model)
+    if max_seq_len is None: max_seq_len = max_seq_len_of(model)
     model, tokenizer = _with_tokenizer(model, task, tokenizer)
     for name in names:
         some = load_task(task, name, data_dir, bad_rows=bad_rows, left_out=left_out) if rows is None else rows
@@ -152,10 +154,9 @@ def score_checkpoints(
     folder, found = Path(folder), []
     find_checkpoint(folder)
     if rows is None: data_dir = data_dir or run_setting(folder, 'data_dir')
-    max_seq_len = run_setting(folder, 'max_seq_len', 128)
     for step, place in checkpoints(folder).items():
-        scores = evaluate(place, task, split, data_dir, max_seq_len, batch_size, device_id,
-                          bad_rows=bad_rows, rows=rows)
+        scores = evaluate(place, task, split, data_dir, None, batch_size, device_id, bad_rows=bad_rows,
+                          rows=rows)
         found.append(dict(step=step) | scores)
         each(step, scores)
     table = pd.DataFrame(found)
@@ -216,7 +217,7 @@ def write_predictions(
     task: str | Task,                 # whose test split
     out: str | Path,                  # the folder to write to
     data_dir: str | Path | None=None, # as in `evaluate`
-    max_seq_len: int=128,             # S
+    max_seq_len: int | None=None,     # as in `evaluate`
     batch_size: int=256,              # rows at a time
     device_id: int | None=None,       # as in `devices.pick_device`
     split: str='test',                # 'test', or 'train' or 'dev' to look at answers whose labels are known
@@ -229,6 +230,7 @@ def write_predictions(
     given = None if rows is None else _only(task, data_dir, rows).remove_columns('label')
     classifier, tokenizer = load_classifier(model, task), load_tokenizer(model)
     bad_rows = bad_rows or bad_rows_of(model)
+    if max_seq_len is None: max_seq_len = max_seq_len_of(model)
     for name in names:
         some = _every_row(task, name, data_dir, bad_rows) if given is None else given
         data = encode(some, tokenizer, max_seq_len)
@@ -265,7 +267,7 @@ def costs(
     models: dict,                     # {name: folder}
     task: str | Task,                 # its dev split is what is timed
     data_dir: str | Path | None=None, # as in `evaluate`
-    max_seq_len: int=128,             # S
+    max_seq_len: int | None=None,     # as in `evaluate`, by the first model
     rows: int=128,                    # of the dev split, at most
     rounds: int=5,                    # times each model gets to run them
     bad_rows: str | None=None,        # as in `evaluate`, by the first model
@@ -275,7 +277,7 @@ def costs(
     loaded = {name: load_classifier(folder, task).eval() for name, folder in models.items()}
     tokenizer = load_tokenizer(first)
     data = load_task(task, task.dev[0], data_dir, bad_rows=bad_rows or bad_rows_of(first))
-    data = encode(data, tokenizer, max_seq_len)
+    data = encode(data, tokenizer, max_seq_len_of(first) if max_seq_len is None else max_seq_len)
     data = data.select(range(min(rows, len(data))))
     batches = _batches(data, tokenizer, most=padded_to(*loaded.values()))
     times = {name: [] for name in models}

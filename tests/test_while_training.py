@@ -10,11 +10,12 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 
 from lad_nb.cli import main, parse, recipe_of
 from lad_nb.data import load_task
-from lad_nb.evaluation import costs, evaluate
+from lad_nb.encoders import load_classifier
+from lad_nb.evaluation import costs, evaluate, write_predictions
 from lad_nb.experiment import open_run, rerun, resolve, run
 from lad_nb.models import load_tokenizer
 from lad_nb.recipes import Recipe, check_recipe
-from lad_nb.runs import checkpoints, read_log
+from lad_nb.runs import checkpoints, max_seq_len_of, read_log
 from lad_nb.similarity import dev_losses, loss_parts
 from lad_nb.sources import find_teacher
 from lad_nb.stepper import Stepper
@@ -293,6 +294,21 @@ def test_no_row_is_padded_to_more_than_a_model_has_positions(base, dev, tiny, tm
     scores = evaluate(folder, 'toy', rows=long, max_seq_len=20)
     assert scores['accuracy'] == evaluations(folder)[-1]['eval_accuracy']
     assert len(costs({name: tmp_path/'few' for name in 'ab'}, 'toy', max_seq_len=20, rows=4, rounds=1)) == 2
+
+
+def test_a_run_is_asked_with_rows_of_its_length(best, dev, tmp_path):
+    """They were cut to 24 tokens in training, and are so by default; a model of nobody's run has up to 128."""
+    long = [dict(row, sentence1=' '.join([row['sentence1']]*5)) for row in dev]
+    assert (max_seq_len_of(best), max_seq_len_of(load_classifier(best))) == (24, 128)
+    for place in (best, best/'checkpoint-12'):
+        said = {S: {} for S in (None, 24, 60)}
+        for S in said: evaluate(place, 'toy', rows=long, max_seq_len=S, answers=said[S], device_id=-1)
+        logits = {S: found['rows'][1] for S, found in said.items()}
+        assert (logits[None] == logits[24]).all() and (logits[None] != logits[60]).any()
+        files = [write_predictions(place, 'toy', tmp_path/str(S), max_seq_len=S, rows=long, device_id=-1)[0]
+                 for S in (None, 24)]
+        assert files[0].read_text() == files[1].read_text()
+    assert len(costs(dict(ours=best), 'toy', rows=4, rounds=1)) == 1
 
 
 def test_a_held_run_is_scored_on_the_rows_of_its_folder(base, dev, tmp_path, monkeypatch):
