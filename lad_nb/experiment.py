@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from .devices import pick_device, pick_precision
 from .values import place
-from .tasks import Task, get_task, own_task_told, splits_named
+from .tasks import GLUE, Task, get_task, own_task_told, splits_named
 from .data import add_teacher_ids, encode
 from .rows import Rows, count_unlabelled, labelled_only, rows_of
 from .mappings import Mapping, mapping_from_dict, mapping_to_dict, untaught
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def best_metric(self) -> str:
-        "What tells the best checkpoint: the task's first metric, on the first of the splits that are scored"
+        "What tells the best checkpoint: the task's first metric on the first split that is scored"
         split = f'{next(iter(self.eval_rows))}_' if len(self.eval_rows) > 1 else ''
         return split + get_task(self.recipe.task).metrics[0]
 
@@ -188,11 +188,28 @@ def rows_to_score_on(
         if given is None: return {}
         raise ValueError("eval_rows were given, and nothing is scored while it trains. Say how often: "
                          "eval_step=100.")
+    if given is not None and recipe.eval_on:
+        raise ValueError(f"eval_on is {recipe.eval_on!r}, and eval_rows were given as well: take one of the "
+                         "two.")
     if given is not None: return dict(rows=labelled_only(rows_of(recipe.task, given))[0])
-    names = dict.fromkeys(n for split in recipe.eval_on or ('dev',) for n in splits_named(recipe.task, split))
-    asked = {name: recipe.replace(dataset=name, train_size=None) for name in names}
-    found = {name: search(f'{name} split', find_rows, r, fetch) for name, r in asked.items()}
+    asked = {name: recipe.replace(dataset=name, train_size=None) for name in _scored_splits(recipe)}
+    found = {name: search(f'{name} split', _split_rows, r, fetch) for name, r in asked.items()}
     return {name: rows for name, rows in found.items() if rows is not None}
+
+def _scored_splits(recipe):
+    "The splits by name, dev first: the first tells the best checkpoint"
+    names = dict.fromkeys(n for split in recipe.eval_on or ('dev',) for n in splits_named(recipe.task, split))
+    return sorted(names, key=lambda name: name not in get_task(recipe.task).dev)
+
+def _split_rows(recipe, fetch):
+    "The rows of a split; where its task has no folder, the error says what can be given instead"
+    try: return find_rows(recipe, fetch)
+    except FileNotFoundError as e:
+        if recipe.data_dir is not None or recipe.task in GLUE: raise
+        raise FileNotFoundError(
+            f"eval_step is {recipe.eval_step}, and {recipe.task} has no folder with a {recipe.dataset} split "
+            "to score on. Give the rows to score on (eval_rows=...), name a folder that has them "
+            "(data_dir), or leave eval_step out.") from e
 
 # %% ../nbs/47_experiment.ipynb #645625f6
 def check_scored(

@@ -178,7 +178,7 @@ class _Watch(Settings):
     eval_on: tuple | None = later_setting(None,
         'splits to score then, with commas between them; dev by default', NAMES)
     keep_best: bool = later_setting(False,
-        'end with the checkpoint that scored best on dev, not with the last one')
+        'end with the checkpoint best on dev, else on the first of eval_on, not with the last')
     patience: int | None = later_setting(None,
         'stop after so many scores in a row without a new best', COUNT, trainer='patience')
     report_to: tuple | None = later_setting(None,

@@ -344,14 +344,15 @@ def _check_free(folder, resume):
     check_new(folder, resume)
 
 # %% ../nbs/58_stepper.ipynb #68b4eee6
-def _trainer_of(run, root, resume, rows):
+def _trainer_of(run, root, resume, rows, eval_rows):
     "The trainer of a recipe, in a folder that is free; or the one that is given"
     given = isinstance(run, DistilTrainer)
-    if given and rows is not None: raise ValueError("A trainer has its rows: give rows with a recipe.")
+    if given and (rows is not None or eval_rows is not None):
+        raise ValueError("A trainer has its rows: give rows with a recipe.")
     if given: folder = Path(run.args.output_dir)
     else:
         like = find_experiment(run.experiment, run.task, run.model, root) if resume else None
-        plan = resolve(run, root, like, rows=rows)
+        plan = resolve(run, root, like, rows=rows, eval_rows=eval_rows)
         folder = plan.folder
     _check_free(folder, resume)
     trainer = run if given else assemble(plan, progress=False)
@@ -369,8 +370,9 @@ class BegunRun(HeardRun):
         resume: bool=False,             # go on from the run's last checkpoint
         by: str='projection',           # how content shares are taken: 'projection' or 'norm'
         rows: Rows | None=None,         # to train on, given in Python, as in `experiment.run`
+        eval_rows: Rows | None=None,    # the same, to score on while it trains
     ):
-        self.given, self.scores = dict(run=run, root=root, rows=rows), {}
+        self.given, self.scores = dict(run=run, root=root, rows=rows, eval_rows=eval_rows), {}
         self._begin(resume, by)
 
     def _begin(self, resume, by, listeners=(), history=(), records=()):

@@ -19,7 +19,7 @@ from lad_nb.runs import checkpoints, max_seq_len_of, read_log
 from lad_nb.similarity import dev_losses, loss_parts
 from lad_nb.sources import find_teacher
 from lad_nb.stepper import Stepper
-from lad_nb.tasks import get_task, tasks, write_task
+from lad_nb.tasks import get_task, own_task, tasks, write_task
 from lad_nb.training import ending_of
 
 WATCH = dict(eval_step=2, keep_best=True)
@@ -194,6 +194,38 @@ def test_patience_ends_a_run_and_a_kill_does_not_renew_it(base, dev, best, tmp_p
         assert same_bytes(folder, whole) and ending_of(folder) == ending
 
 
+def test_a_stepper_scores_rows_that_are_given(base, dev, best, tmp_path):
+    """As a run does, also when it goes on."""
+    with Stepper(base.replace(**WATCH), tmp_path, eval_rows=dev) as held: held.step(5)
+    held.resume()
+    held.run_until()
+    assert same_bytes(held.folder, best) and ending_of(held.folder) == ending_of(best)
+
+
+def test_the_best_is_chosen_on_dev_wherever_dev_is_named(base, tmp_path):
+    plan = resolve(base.replace(**WATCH, eval_on=('train', 'dev')), tmp_path)
+    assert plan.best_metric == 'dev_accuracy' and [*plan.eval_rows] == ['dev', 'train']
+    assert resolve(base.replace(**WATCH, eval_on=('train',)), tmp_path).best_metric == 'accuracy'
+
+
+def test_what_is_scored_is_named_once(base, dev, tmp_path):
+    with pytest.raises(ValueError, match=r"eval_on is \('train',\), and eval_rows were given as well"):
+        resolve(base.replace(eval_step=4, eval_on=('train',)), tmp_path, eval_rows=dev)
+
+
+def test_rows_to_score_on_are_asked_for_where_a_task_has_no_folder(base, dev, tmp_path):
+    """Rows to train on were given; those to score on are not found by themselves."""
+    own_task('given', get_task('toy').labels, ('sentence1', 'sentence2'))
+    try:
+        recipe = base.replace(task='given', eval_step=4, train_size=None)
+        with pytest.raises(FileNotFoundError, match='given has no folder with a dev split.*eval_rows=') as e:
+            resolve(recipe, tmp_path, rows=load_task('toy', size=40))
+        assert '(rows=' not in str(e.value)
+        plan = resolve(recipe, tmp_path, rows=load_task('toy', size=40), eval_rows=dev)
+        assert [*plan.eval_rows] == ['rows']
+    finally: tasks.pop('given')
+
+
 @pytest.mark.slow
 def test_a_stepper_takes_the_same_updates(base, tmp_path):
     recipe = base.replace(eval_step=4)
@@ -297,7 +329,7 @@ def test_no_row_is_padded_to_more_than_a_model_has_positions(base, dev, tiny, tm
 
 
 def test_a_run_is_asked_with_rows_of_its_length(best, dev, tmp_path):
-    """They were cut to 24 tokens in training, and are so by default; a model of nobody's run has up to 128."""
+    """They were cut to 24 tokens in training, and are by default; for a model of no run it is 128."""
     long = [dict(row, sentence1=' '.join([row['sentence1']]*5)) for row in dev]
     assert (max_seq_len_of(best), max_seq_len_of(load_classifier(best))) == (24, 128)
     for place in (best, best/'checkpoint-12'):
