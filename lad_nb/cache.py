@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from .durable import file_hash, load_weights, lock_folder, write_aside, write_text
 from .data import collator
 from .distiller import Distiller, inputs_of
+from .encoders import padded_to
 
 # %% ../nbs/41_cache.ipynb #f38db530
 _not_content = ('_name_or_path', 'transformers_version', 'architectures', 'id2label', 'label2id',
@@ -167,7 +168,7 @@ def with_teacher(
 @torch.inference_mode()
 def _ask(teacher, data, tokenizer, batch_size, precision):
     "The tensors of one shard"
-    lengths, collate = _lengths(data), collator(tokenizer)
+    lengths, collate = _lengths(data), collator(tokenizer, max_seq_len=padded_to(teacher))
     out, starts = _empty_shard(teacher, lengths, precision), np.cumsum(lengths) - lengths
     half = torch.autocast(teacher.device.type, torch.bfloat16, enabled=precision == 'bf16')
     order = np.argsort(-lengths, kind='stable')

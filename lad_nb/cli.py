@@ -17,7 +17,7 @@ from .values import place, shown
 from .flags import OneLineParser, a_place, add_flag, check_flags, complain, nearest, whole_number
 from .workers import keep_freed_memory
 from .interrupts import Interrupted, by_signal
-from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, faithful
+from .recipes import Evaluation, FAITHFUL, FAST, RECOMMENDED, Recipe, check_one_teacher, faithful
 
 # %% ../nbs/78_cli.ipynb #dc87f719
 def _add_command(commands, name, what, run, **known):
@@ -170,6 +170,7 @@ def _evaluate(args):
     from lad_nb.runs import find_experiment, run_setting, task_of
     from lad_nb.evaluation import plan_evaluation
     asked = evaluation_of(args)
+    check_one_teacher(asked)
     folder = find_experiment(asked.experiment, asked.task, asked.model, args.root)
     _open_own_task(asked.data_dir or run_setting(folder, 'data_dir'))
     task_of(asked.task, folder)
@@ -198,13 +199,14 @@ def _score(asked, folder, args):
 
 # %% ../nbs/78_cli.ipynb #083d31c8
 def _predict(asked, folder, args):
-    from lad_nb.runs import find_checkpoint, run_setting
+    from lad_nb.runs import run_setting
+    from lad_nb.sources import ended_with
     from lad_nb.evaluation import write_predictions
-    checkpoint = find_checkpoint(folder, asked.ckpt)
+    checkpoint = ended_with(folder, asked.ckpt)
     out = args.out or folder/'predictions'/checkpoint.name
     data_dir = asked.data_dir or run_setting(folder, 'data_dir')
-    files = write_predictions(checkpoint, asked.task, out, data_dir, run_setting(folder, 'max_seq_len', 128),
-                              asked.batch_size, asked.device_id, asked.dataset, asked.bad_rows)
+    files = write_predictions(checkpoint, asked.task, out, data_dir, None, asked.batch_size, asked.device_id,
+                              asked.dataset, asked.bad_rows)
     _say(*files)
 
 # %% ../nbs/78_cli.ipynb #10df61e0

@@ -304,7 +304,7 @@ def check_vocabulary(
 def collator(
     tokenizer,              # pads with its own padding token
     padding: str='longest', # 'longest' of the batch, rounded up to a multiple of 8; or 'max_length': (B, S)
-    max_seq_len: int=128,   # S; when it is not a multiple of 8, nothing is rounded
+    max_seq_len: int=128,   # the most that a row may have (S); if no multiple of 8, nothing is rounded up
 ) -> DataCollatorWithPadding:
     "What turns rows into a batch of tensors: (B, S) of input_ids, attention_mask, ..; (B,) of labels"
     if padding not in ('longest', 'max_length'):

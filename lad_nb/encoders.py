@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['quiet_loading', 'classifier_class', 'with_layers', 'meta_classifier', 'once_a_config', 'layer_path', 'find_layers',
-           'positions', 'parts_of', 'head_settings', 'dropout_settings', 'random_bert', 'weight_shapes', 'count_layers',
-           'check_sizes', 'name_misfits', 'fit_weights', 'read_config', 'load_encoder', 'check_labels',
+           'positions', 'padded_to', 'parts_of', 'head_settings', 'dropout_settings', 'random_bert', 'weight_shapes',
+           'count_layers', 'check_sizes', 'name_misfits', 'fit_weights', 'read_config', 'load_encoder', 'check_labels',
            'load_classifier', 'make_classifier']
 
 # %% ../nbs/31_encoders.ipynb #26d76ee6
@@ -139,10 +139,20 @@ def positions(
     who: str | None=None,     # the model, named in the message
 ) -> int | None:              # None: no limit is known
     "The longest row, in tokens; a family may keep places of its table for padding"
-    most, meta = getattr(config, 'max_position_embeddings', None), meta_classifier(config, who=who)
-    tables = [m for name, m in meta.base_model.named_modules() if name.endswith('position_embeddings')]
+    return _positions(config, meta_classifier(config, who=who))
+
+def _positions(config, model):
+    most = getattr(config, 'max_position_embeddings', None)
+    tables = [m for name, m in model.named_modules() if name.endswith('position_embeddings')]
     kept = next((m.padding_idx + 1 for m in tables if getattr(m, 'padding_idx', None) is not None), 0)
     return most and most - kept
+
+def padded_to(
+    *models: PreTrainedModel | None, # that read the same batches
+) -> int:
+    "The positions of the model with fewest: no row is padded to more; 128 where no limit is known"
+    limits = [_positions(model.config, model) for model in models if model is not None]
+    return min(filter(None, limits), default=128)
 
 # %% ../nbs/31_encoders.ipynb #852ca982
 def parts_of(

@@ -6,7 +6,8 @@
 __all__ = ['Plan', 'mapping_told', 'sources_told', 'scored_told', 'schedule_told', 'Search', 'depth_of', 'check_batches',
            'rows_to_score_on', 'check_scored', 'check_later_settings', 'check_models', 'read_alike',
            'layers_to_start_from', 'devices_of', 'precision_of', 'resolve', 'assemble_distiller', 'distiller_of',
-           'reader_of', 'encode_for_both', 'join_teacher', 'assemble', 'run', 'check_overwrite', 'open_run', 'rerun']
+           'reader_of', 'saved_reader', 'encode_for_both', 'join_teacher', 'assemble', 'run', 'check_overwrite',
+           'open_run', 'rerun']
 
 # %% ../nbs/47_experiment.ipynb #f1d0af50
 import os, warnings
@@ -19,12 +20,12 @@ from transformers import set_seed
 
 from .devices import pick_device, pick_precision
 from .values import place
-from .tasks import Task, get_task, own_task_told, splits_named
+from .tasks import GLUE, Task, get_task, own_task_told, splits_named
 from .data import add_teacher_ids, encode
 from .rows import Rows, count_unlabelled, labelled_only, rows_of
 from .mappings import Mapping, mapping_from_dict, mapping_to_dict, untaught
 from .losses import check_match
-from .distiller import Distiller
+from .distiller import Distiller, inputs_of
 from .models import load_tokenizer, same_tokens, tokenizer_hashes
 from .encoders import check_labels, load_classifier, load_encoder, make_classifier
 from .students import SIZES, init_layers, make_student, other_sizes
@@ -39,7 +40,7 @@ from .training import (DistilArguments, DistilTrainer, check_enough, check_ours,
 from .recipes import (Recipe, check_recipe, check_schedule, fitting_warmup, in_updates, mapping_of,
                             recipe_from_dict, student_start)
 from .sources import (FoundModel, NotAllowed, check_method, check_sizes_allowed, find_encoder,
-                            find_rows, find_teacher, own_model, rows_hash, teacher_of, told,
+                            find_rows, find_teacher, own_model, rows_hash, teacher_folder, teacher_of, told,
                             with_families)
 
 # %% ../nbs/47_experiment.ipynb #346e7529
@@ -67,7 +68,7 @@ class Plan:
 
     @property
     def best_metric(self) -> str:
-        "What tells the best checkpoint: the task's first metric, on the first of the splits that are scored"
+        "What tells the best checkpoint: the task's first metric on the first split that is scored"
         split = f'{next(iter(self.eval_rows))}_' if len(self.eval_rows) > 1 else ''
         return split + get_task(self.recipe.task).metrics[0]
 
@@ -187,11 +188,28 @@ def rows_to_score_on(
         if given is None: return {}
         raise ValueError("eval_rows were given, and nothing is scored while it trains. Say how often: "
                          "eval_step=100.")
+    if given is not None and recipe.eval_on:
+        raise ValueError(f"eval_on is {recipe.eval_on!r}, and eval_rows were given as well: take one of the "
+                         "two.")
     if given is not None: return dict(rows=labelled_only(rows_of(recipe.task, given))[0])
-    names = dict.fromkeys(n for split in recipe.eval_on or ('dev',) for n in splits_named(recipe.task, split))
-    asked = {name: recipe.replace(dataset=name, train_size=None) for name in names}
-    found = {name: search(f'{name} split', find_rows, r, fetch) for name, r in asked.items()}
+    asked = {name: recipe.replace(dataset=name, train_size=None) for name in _scored_splits(recipe)}
+    found = {name: search(f'{name} split', _split_rows, r, fetch) for name, r in asked.items()}
     return {name: rows for name, rows in found.items() if rows is not None}
+
+def _scored_splits(recipe):
+    "The splits by name, dev first: the first tells the best checkpoint"
+    names = dict.fromkeys(n for split in recipe.eval_on or ('dev',) for n in splits_named(recipe.task, split))
+    return sorted(names, key=lambda name: name not in get_task(recipe.task).dev)
+
+def _split_rows(recipe, fetch):
+    "The rows of a split; where its task has no folder, the error says what can be given instead"
+    try: return find_rows(recipe, fetch)
+    except FileNotFoundError as e:
+        if recipe.data_dir is not None or recipe.task in GLUE: raise
+        raise FileNotFoundError(
+            f"eval_step is {recipe.eval_step}, and {recipe.task} has no folder with a {recipe.dataset} split "
+            "to score on. Give the rows to score on (eval_rows=...), name a folder that has them "
+            "(data_dir), or leave eval_step out.") from e
 
 # %% ../nbs/47_experiment.ipynb #645625f6
 def check_scored(
@@ -393,6 +411,15 @@ def reader_of(
     segments = lambda t: t is not None and 'token_type_ids' in t.model_input_names
     return theirs if segments(theirs) and not segments(tokenizer) else tokenizer
 
+def saved_reader(
+    student,   # a classifier
+    tokenizer, # its encoder's
+    theirs,    # the teacher's, with the same ids; None without one
+):             # one of the two
+    "The tokenizer that is saved with a student: the one whose segments it learned from, if it reads any"
+    reads_segments = 'token_type_ids' in inputs_of(student, dict(token_type_ids=()))
+    return reader_of(tokenizer, theirs) if reads_segments else tokenizer
+
 def encode_for_both(
     plan: Plan,
     tokenizer,  # the student's
@@ -431,6 +458,7 @@ def assemble(
     args = DistilArguments.from_plan(plan, progress)
     distiller, tokenizer = assemble_distiller(plan)
     theirs = None if plan.teacher is None else load_tokenizer(plan.teacher.folder)
+    if not plan.own_ids: tokenizer = saved_reader(distiller.student, tokenizer, theirs)
     data, cache = encode_for_both(plan, tokenizer, theirs), None
     if distiller.teacher is not None:
         beside = plan.teacher_device == plan.device # under torchrun each process has its own
@@ -542,9 +570,16 @@ def rerun(
 # %% ../nbs/47_experiment.ipynb #fa1b4db2
 def _teacher_again(recipe, folder, said, allow_hub):
     "The teacher of a run that is repeated: where it is now"
+    named_once = dict(teacher_exp=None, tckpt=None) # beside a folder
     try: teacher = teacher_of(folder, said)
     except FileNotFoundError:
-        if allow_hub and recipe.teacher is not None: return {} # compared when it is here
+        if allow_hub and recipe.teacher is not None: return named_once # compared when it is here
         raise
-    beside = recipe.teacher is None and teacher.is_relative_to(folder.parent)
-    return {} if beside else dict(teacher=str(teacher))
+    if _leads_to(recipe, folder.parent, teacher): return {}
+    return named_once | dict(teacher=str(teacher))
+
+def _leads_to(recipe, root, teacher):
+    "Whether the experiment that a recipe names has that teacher, as the checkpoint that it means"
+    if recipe.teacher is not None: return False
+    try: return teacher_folder(recipe, root).samefile(teacher)
+    except (OSError, ValueError): return False

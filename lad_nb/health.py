@@ -15,7 +15,7 @@ from .tasks import NO_LABEL
 from .data import collator, teacher_part
 from .mappings import Mapping
 from .distiller import Distiller
-from .encoders import parts_of
+from .encoders import padded_to, parts_of
 from .runs import checkpoints
 
 # %% ../nbs/42_health.ipynb #c9b00b37
@@ -110,7 +110,8 @@ def _teacher_logits(trainer, rows):
         return trainer.cache.batch(rows, S, layers=())[1].double().numpy()
     data = trainer.train_dataset
     data = data.select_columns([c for c in data.column_names if c not in ('labels', 'row')])
-    collate, found = collator(trainer.teacher_tokenizer or trainer.processing_class), []
+    tokenizer, S = trainer.teacher_tokenizer or trainer.processing_class, padded_to(trainer.model.teacher)
+    collate, found = collator(tokenizer, max_seq_len=S), []
     for start in range(0, len(rows), 32):
         some = [data[i] for i in rows[start:start + 32]]
         batch = collate([teacher_part(row) or row for row in some]).to(trainer.args.device)

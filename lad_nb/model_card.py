@@ -178,10 +178,18 @@ def _source_said(source, root):
     return f'{place} (sha256 of its weights: `{sha256}…`)'
 
 # %% ../nbs/34_model_card.ipynb #5789fa84
+def _from_nothing(said):
+    "Whether nothing was copied: a student of another size than its encoder; False where nobody says"
+    starts = (said.get('student') or {}).get('starts_from_layers')
+    return starts == {} and said['recipe']['method'] != 'fine_tune'
+
 def _start_said(said, root):
     "What the student's weights were before it learned"
     encoder = said.get('encoder') or said.get('teacher')
     if not encoder: return ''
+    if _from_nothing(said):
+        return ('The model has other sizes than its encoder and started from random weights, with the '
+                f'tokenizer of {_source_said(encoder, root)}.')
     starts = (said.get('student') or {}).get('starts_from_layers') or {}
     copied = {m: str(k) for m, k in starts.items() if k}
     here, there = ', '.join(copied), ', '.join(copied.values())
@@ -232,7 +240,7 @@ def card_data(
     "The metadata of a run's card"
     task = _task_of(said)
     bases = [(said.get(source) or {}).get('folder') for source in ('encoder', 'teacher')]
-    base = next(filter(None, (hub_id(b, root) for b in bases)), None)
+    base = next(filter(None, (hub_id(b, root) for b in bases if not _from_nothing(said))), None)
     glue = task.name in GLUE and not (said.get('rows') or {}).get('given')
     based = dict(base_model=base, base_model_relation='finetune', license=_licence(base)) if base else {}
     english = glue or task.name == 'toy'

@@ -6,7 +6,7 @@
 __all__ = ['FAITHFUL', 'RECOMMENDED', 'FAST', 'recommended', 'student_setting', 'later_setting', 'Recipe', 'recipe_from_dict',
            'faithful', 'dev_loss_setting', 'Evaluation', 'recipe_table', 'mapping_of', 'check_layers_given',
            'student_start', 'fitting_warmup', 'in_updates', 'check_names', 'check_padding', 'check_schedule',
-           'check_watch', 'check_recipe']
+           'check_watch', 'check_one_teacher', 'check_recipe']
 
 # %% ../nbs/45_recipes.ipynb #7bd68f9a
 from dataclasses import dataclass, fields, is_dataclass
@@ -48,10 +48,11 @@ def student_setting(*args, **kwargs):
 @dataclass(frozen=True, repr=False)
 class _Teacher(Settings):
     teacher: str | None = student_setting(None,
-        "the teacher's folder or hub id, instead of teacher_exp, tmodel and tckpt", place=True)
+        "the teacher's folder or hub id, instead of teacher_exp and tckpt", place=True)
     teacher_exp: str | None = student_setting(None, 'experiment of the teacher', flags=('texperiment',))
     tmodel: str = student_setting('bert', "teacher's kind of model, found from the teacher")
-    tckpt: int | None = student_setting(None, "teacher's checkpoint; its last by default", COUNT)
+    tckpt: int | None = student_setting(None,
+        "teacher's checkpoint; its last by default, or the best of a teacher with keep_best", COUNT)
     gate_indices: tuple | None = student_setting(None, 'gates to learn from', LAYERS)
     teacher_indices: tuple | None = student_setting(None, 'teacher layers to learn from', LAYERS)
     student_indices: tuple | None = student_setting(None,
@@ -177,7 +178,7 @@ class _Watch(Settings):
     eval_on: tuple | None = later_setting(None,
         'splits to score then, with commas between them; dev by default', NAMES)
     keep_best: bool = later_setting(False,
-        'end with the checkpoint that scored best on dev, not with the last one')
+        'end with the checkpoint best on dev, else on the first of eval_on, not with the last')
     patience: int | None = later_setting(None,
         'stop after so many scores in a row without a new best', COUNT, trainer='patience')
     report_to: tuple | None = later_setting(None,
@@ -258,7 +259,8 @@ class _Asked(Settings):
     device_id: int | None = setting(None,
         '-1 is the CPU, else a CUDA index; the best there is by default', DEVICE)
     ckpt: int | None = setting(None,
-        'update step of the checkpoint; the last by default', STEP, audience='predictions')
+        'update step of the checkpoint; the one that the run ended with by default', STEP,
+        audience='predictions')
 
 # %% ../nbs/45_recipes.ipynb #e12d9bbd
 def dev_loss_setting(*args, **kwargs):
@@ -275,7 +277,8 @@ class Evaluation(_Asked):
     teacher_exp: str | None = dev_loss_setting(None,
         "experiment of the teacher; the run's own teacher by default", flags=('texperiment',))
     tmodel: str = dev_loss_setting('bert', "teacher's kind of model")
-    tckpt: int | None = dev_loss_setting(None, "teacher's checkpoint; its last by default", STEP)
+    tckpt: int | None = dev_loss_setting(None,
+        "teacher's checkpoint; the one that it ended with by default", STEP)
     tdevice_id: int | None = dev_loss_setting(None,
         'accepted as in the run book; the teacher is asked once, on device_id', DEVICE)
     softmax_temp: float | None = dev_loss_setting(None,
@@ -419,6 +422,17 @@ def check_watch(recipe):
                          f"Take eval_step={recipe.ckpt_step}, say.")
     for name in recipe.eval_on or (): splits_named(recipe.task, name)
 
+# %% ../nbs/45_recipes.ipynb #996a9337
+def check_one_teacher(
+    asked, # a `Recipe` or an `Evaluation`
+):
+    "`ValueError` for a teacher that is named by its folder and by its experiment"
+    others = {name: getattr(asked, name) for name in ('teacher_exp', 'tckpt')}
+    beside = ' and '.join(f'{name} is {value!r}' for name, value in others.items() if value is not None)
+    if asked.teacher is not None and beside:
+        raise ValueError(f"teacher is {str(asked.teacher)!r}, and {beside} as well: a folder or hub id says "
+                         "it all. Take one of the two; the folder of a checkpoint is a teacher, too.")
+
 # %% ../nbs/45_recipes.ipynb #598fa0ea
 def check_recipe(
     recipe: Recipe, # as it was given
@@ -433,4 +447,6 @@ def check_recipe(
     if recipe.method == 'undistilled': check_layers_given(recipe)
     check_schedule(fitting_warmup(recipe))
     check_watch(recipe)
-    if recipe.distils: check_weights(**recipe.loss)
+    if not recipe.distils: return
+    check_one_teacher(recipe)
+    check_weights(**recipe.loss)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PLACES', 'experiment_folder', 'find_experiment', 'check_new', 'checkpoints', 'find_checkpoint', 'sound_checkpoint',
            'read_log', 'versions', 'code_version', 'seen_from', 'found_from', 'remember', 'remembered', 'found_places',
-           'run_description', 'task_of', 'run_setting', 'end_of', 'bad_rows_of', 'pretrained_of', 'check_sources',
-           'check_given', 'class_told', 'own_classes', 'what_ran', 'changed_classes', 'warn_changed', 'check_classes',
-           'check_same']
+           'run_description', 'task_of', 'run_setting', 'end_of', 'bad_rows_of', 'max_seq_len_of', 'pretrained_of',
+           'check_sources', 'check_given', 'class_told', 'own_classes', 'what_ran', 'changed_classes', 'warn_changed',
+           'check_classes', 'check_same']
 
 # %% ../nbs/40_runs.ipynb #e0ec8bd2
 import ast, contextlib, dis, hashlib, inspect, json, os, platform, re, subprocess, sys
@@ -310,10 +310,20 @@ def bad_rows_of(
     model: str | Path | transformers.PreTrainedModel, # a classifier, a run folder or one of its checkpoints
 ) -> str:                                             # 'raise' or 'skip'
     "What a run was told to do with malformed lines; 'raise' for a model that is not a run's"
-    if isinstance(model, transformers.PreTrainedModel): return 'raise'
+    return _told_run(model, 'bad_rows', 'raise')
+
+def max_seq_len_of(
+    model: str | Path | transformers.PreTrainedModel, # as above
+) -> int:
+    "How many tokens a run cut its rows to; 128 for a model that is not a run's"
+    return _told_run(model, 'max_seq_len', 128)
+
+def _told_run(model, name, default):
+    "A setting of the run that a model is of"
+    if isinstance(model, transformers.PreTrainedModel): return default
     folder = Path(model)
     run = folder.parent if folder.name.startswith('checkpoint-') else folder
-    return run_setting(run, 'bad_rows', 'raise')
+    return run_setting(run, name, default)
 
 # %% ../nbs/40_runs.ipynb #d153d767
 def pretrained_of(

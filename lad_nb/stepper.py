@@ -16,11 +16,11 @@ from transformers import TrainerCallback
 from .durable import write_text
 from .devices import random_state, set_random_state
 from .rows import Rows
-from .runs import check_new, checkpoints, find_experiment, read_log
+from .runs import check_new, checkpoints, find_experiment, found_places, read_log
 from .training import DistilTrainer, train
 from .recipes import Recipe
 from .experiment import assemble, resolve
-from .evaluation import evaluate
+from .evaluation import at_rest, evaluate
 from .pictures import Picture, draw_run
 from .pages import replay_html
 from .records import Pace, Reader, StepRecord
@@ -305,23 +305,13 @@ def logged_history(
     "The lines that have a loss, as rows of a history; parts that are not logged are 0"
     return [tuple(line.get(name) or 0. for name in columns) for line in lines if 'loss' in line]
 
-# %% ../nbs/58_stepper.ipynb #a87f4d88
-@contextlib.contextmanager
-def _at_rest(model):
-    "Without dropout and gradients; every part trains again afterwards if it did before"
-    before = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad(): yield model.eval()
-    finally:
-        for module, training in before.items(): module.training = training
-
 # %% ../nbs/58_stepper.ipynb #65c783c0
 def _first_pass(trainer, rows):
     "The distiller's output for the first training rows, and which of their tokens are real"
     some = trainer.train_dataset.select(range(min(rows, len(trainer.train_dataset))))
     batch = trainer._prepare_inputs(trainer.data_collator(list(some)))
     batch.pop('row') # their numbers, which are the trainer's own affair
-    with _at_rest(trainer.model) as distiller: return distiller(**batch, output_states=True), batch
+    with at_rest(trainer.model) as distiller: return distiller(**batch, output_states=True), batch
 
 # %% ../nbs/58_stepper.ipynb #237a7760
 class GateReading:
@@ -354,14 +344,15 @@ def _check_free(folder, resume):
     check_new(folder, resume)
 
 # %% ../nbs/58_stepper.ipynb #68b4eee6
-def _trainer_of(run, root, resume, rows):
+def _trainer_of(run, root, resume, rows, eval_rows):
     "The trainer of a recipe, in a folder that is free; or the one that is given"
     given = isinstance(run, DistilTrainer)
-    if given and rows is not None: raise ValueError("A trainer has its rows: give rows with a recipe.")
+    if given and (rows is not None or eval_rows is not None):
+        raise ValueError("A trainer has its rows: give rows with a recipe.")
     if given: folder = Path(run.args.output_dir)
     else:
         like = find_experiment(run.experiment, run.task, run.model, root) if resume else None
-        plan = resolve(run, root, like, rows=rows)
+        plan = resolve(run, root, like, rows=rows, eval_rows=eval_rows)
         folder = plan.folder
     _check_free(folder, resume)
     trainer = run if given else assemble(plan, progress=False)
@@ -379,8 +370,9 @@ class BegunRun(HeardRun):
         resume: bool=False,             # go on from the run's last checkpoint
         by: str='projection',           # how content shares are taken: 'projection' or 'norm'
         rows: Rows | None=None,         # to train on, given in Python, as in `experiment.run`
+        eval_rows: Rows | None=None,    # the same, to score on while it trains
     ):
-        self.given, self.scores = dict(run=run, root=root, rows=rows), {}
+        self.given, self.scores = dict(run=run, root=root, rows=rows, eval_rows=eval_rows), {}
         self._begin(resume, by)
 
     def _begin(self, resume, by, listeners=(), history=(), records=()):
@@ -426,14 +418,15 @@ class AskedRun(BegunRun):
     def score(self, **which) -> dict: # metric: value. `which`: split, rows, .. as in `evaluation.evaluate`
         "Score the student where the run stands, on dev by default"
         _not_while_running(self, 'it is scored')
-        said = (self.trainer.description or {}).get('recipe')
-        if said is None: raise ValueError("A trainer without a recipe has no task: take evaluation.evaluate.")
+        said = found_places(self.trainer.description or {}, self.folder.parent)
+        if not said: raise ValueError("A trainer without a recipe has no task: take evaluation.evaluate.")
         device = self.trainer.args.device
         asked = {k: said[k] for k in ('task', 'data_dir', 'max_seq_len', 'bad_rows') if k in said}
+        if which.get('rows') is not None: asked.pop('data_dir', None) # they come from no folder
         asked |= dict(tokenizer=self.trainer.processing_class,
                       device_id=-1 if device.type == 'cpu' else device.index) | which
         random = random_state()
-        with _at_rest(self.trainer.model.student) as student: found = evaluate(student, **asked)
+        found = evaluate(self.trainer.model.student, **asked)
         set_random_state(random)
         if not which: self.scores = {self.done: found}
         return found

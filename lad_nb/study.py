@@ -140,7 +140,8 @@ def _run_recipe(study, task, method, seed, tried):
     "Base, task, method, what was tried, and seed, in this order; and the task's teacher, if there is one"
     changes = study.tasks[task] | study.methods[method] | dict(task=task, seed=seed) | tried
     named = dict(experiment=f'{study.name}_{safe_name(method)}_{seed}')
-    if study.methods[method].get('method') != 'undistilled':
+    undistilled = study.methods[method].get('method') == 'undistilled'
+    if not undistilled and (changes.get('teacher') or study.base.teacher) is None: # a folder needs no more
         named |= dict(teacher_exp=_teacher_of(study, task, seed).experiment)
     return study.base.replace(**named | changes)
 

@@ -28,7 +28,7 @@ from .devices import keep_random_state
 from .data import TEACHERS, collator, teacher_part, two_collators
 from .distiller import Distiller, Objective, inputs_of
 from .models import check_model
-from .encoders import fit_weights, quiet_loading
+from .encoders import fit_weights, padded_to, quiet_loading
 from .scores import mean_losses
 from .model_card import leave_card
 from .runs import (
@@ -411,7 +411,8 @@ def batch_collator(
     teacher_tokenizer=None,     # pads the teacher's own ids, where rows have them
 ):
     "Rows to a batch, with what the teacher says of them if there is a cache"
-    how = () if args is None else (args.padding, args.max_seq_len)
+    longest = 'longest', padded_to(distiller.student, distiller.teacher)
+    how = longest if args is None else (args.padding, args.max_seq_len)
     collate = collator(tokenizer, *how)
     if teacher_tokenizer is not None: collate = two_collators(collate, collator(teacher_tokenizer, *how))
     if cache is not None:

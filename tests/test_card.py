@@ -56,6 +56,24 @@ def test_a_run_that_ends_leaves_a_card(done):
     assert find_damage(done) is None and 'README.md' not in json.loads((done/CHECKSUMS).read_text())
 
 
+@pytest.mark.filterwarnings('ignore:The student differs from the encoder')
+def test_a_student_of_another_size_names_no_base_model(quick, tmp_path):
+    """Nothing was copied from its encoder; a student of the same size says which layers were."""
+    said = []
+    for name, sizes in dict(same={}, small=dict(d_model=8)).items():
+        recipe = quick.replace(experiment=name, total_step=1, warmup_step=1, **sizes)
+        folder = run(recipe, tmp_path, progress=False)
+        path = folder/'recipe.json'
+        told = json.loads(path.read_text())
+        told['encoder']['folder'] = 'bert-base-uncased'
+        path.write_text(json.dumps(told))
+        said.append(make_card(folder))
+    assert said[0].data.base_model == 'google-bert/bert-base-uncased'
+    assert 'Its layers 1, 2 were layers' in said[0].text
+    assert said[1].data.base_model is said[1].data.license is None
+    assert 'started from random weights, with the tokenizer of [google-bert' in said[1].text
+
+
 def test_no_path_of_the_machine(quick, tiny, tmp_path):
     """Not even where teacher and encoder lie outside of the folder of experiments."""
     folder = run(quick, tmp_path, progress=False)

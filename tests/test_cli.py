@@ -26,6 +26,7 @@ from lad_nb.study import run_study
 FLAGS = ('--task toy --max_seq_len 32 --batch_size 16 --total_step 4 --warmup_step 1 --ckpt_step 2 '
          '--log_step 2 --device_id -1')
 LAD = f'run_lad_distil --experiment new --teacher_exp teacher --tckpt 4 --num_hidden_layers 3 {FLAGS}'
+UNTAUGHT = LAD.replace('--teacher_exp teacher --tckpt 4 ', '')  # for a teacher that is named by its folder
 
 
 def lad_nb(line, root, capsys):
@@ -48,6 +49,7 @@ REFUSED = [  # what is typed after LAD's usual flags (the last of a flag wins), 
     ('--tckpt 3', 'There are: 2, 4'),
     ('--teacher nowhere/at/all', 'no folder nowhere/at/all'),
     ('--teacher bert-base-uncased', 'which works offline'),
+    ('--tckpt 4 --teacher a/folder', "teacher is 'a/folder', and tckpt is 4 as well"),
     ('--ptrain_ver bert-base-uncased', 'which works offline'),
     ('--data_dir nowhere', 'no folder nowhere'),
     ('--batch_size 30 --accum_step 4', 'batch_size 30 is not divisible by accum_step 4'),
@@ -83,7 +85,8 @@ def test_refused(experiments, capsys, monkeypatch, flags, says):
     if 'gate_learning_rate' in flags: says = 'Did you mean --gate_'
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     before = names_in(experiments)
-    code, out, err = lad_nb(f'{LAD} {flags}', experiments, capsys)
+    usual = UNTAUGHT if '--teacher ' in flags else LAD
+    code, out, err = lad_nb(f'{usual} {flags}', experiments, capsys)
     assert code == 2 and says in err and out == '', err
     assert 'Traceback' not in err and err.strip().splitlines()[-1].count('error: ') == 1
     assert names_in(experiments) == before
@@ -116,7 +119,7 @@ def teacher_of(folder, labels, vocab_size=30522):
     config = BertConfig(vocab_size=vocab_size, num_labels=len(labels), **sizes, **named)
     BertForSequenceClassification(config).save_pretrained(folder)
     load_tokenizer(SMALL).save_pretrained(folder)
-    return f'{LAD} --ptrain_ver {SMALL} --teacher {folder}'
+    return f'{UNTAUGHT} --ptrain_ver {SMALL} --teacher {folder}'
 
 
 OTHER_TEACHERS = [  # labels, further arguments, what the message says

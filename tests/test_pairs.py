@@ -1,5 +1,6 @@
 """Teacher and student of different families: with one tokenizer between them, and with a tokenizer each."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,21 @@ def test_the_teacher_keeps_its_segments(root):
         out = distiller(**batch, labels=torch.tensor(rows['labels']))
         without = distiller.teacher(**{k: v for k, v in batch.items() if k != 'token_type_ids'}).logits
     assert torch.equal(out.teacher_logits, alone) and not torch.equal(alone, without)
+
+
+def test_a_student_is_saved_with_the_segments_that_it_learned_from(root):
+    """Its encoder's tokenizer marks none, its teacher's does: the folder answers as what was trained."""
+    shutil.copytree(root/'BERT', root/'unmarked')
+    path = root/'unmarked'/'tokenizer_config.json'
+    unmarked = dict(model_input_names=['input_ids', 'attention_mask'])
+    path.write_text(json.dumps(json.loads(path.read_text()) | unmarked))
+    folder = run(student(root, 'marked', 'unmarked'), root, progress=False)
+    assert 'token_type_ids' not in load_tokenizer(root/'unmarked').model_input_names
+    distiller, reader, _ = open_run(folder)
+    rows = encode(load_task('toy', 'dev', root/'rows'), reader, 48)
+    assert 'token_type_ids' in rows.column_names
+    trained = torch.from_numpy(predict(distiller.student, rows, reader, device_id=-1)).double()
+    assert torch.equal(answers(root, folder), trained)
 
 
 def test_a_tokenizer_each(root):

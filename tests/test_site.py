@@ -88,7 +88,8 @@ def test_every_public_name_has_its_place():
 
 def test_a_setting_says_its_default_and_help():
     page = api_page(PACKAGE/'recipes.py', '45_recipes.ipynb')
-    assert ':param tckpt: teacher\'s checkpoint; its last by default\n:type tckpt: int | None' in page
+    said = r"teacher's checkpoint; its last by default, or the best of a teacher with keep\_best"
+    assert f':param tckpt: {said}\n:type tckpt: int | None' in page
     assert "method='lad'" in page
 
 

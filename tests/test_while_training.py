@@ -6,16 +6,20 @@ import signal
 import pytest
 from conftest import FILES, same_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerCallback
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
-from lad_nb.cli import parse, recipe_of
+from lad_nb.cli import main, parse, recipe_of
 from lad_nb.data import load_task
-from lad_nb.evaluation import evaluate
+from lad_nb.encoders import load_classifier
+from lad_nb.evaluation import costs, evaluate, write_predictions
 from lad_nb.experiment import open_run, rerun, resolve, run
+from lad_nb.models import load_tokenizer
 from lad_nb.recipes import Recipe, check_recipe
-from lad_nb.runs import checkpoints, read_log
+from lad_nb.runs import checkpoints, max_seq_len_of, read_log
 from lad_nb.similarity import dev_losses, loss_parts
+from lad_nb.sources import find_teacher
 from lad_nb.stepper import Stepper
+from lad_nb.tasks import get_task, own_task, tasks, write_task
 from lad_nb.training import ending_of
 
 WATCH = dict(eval_step=2, keep_best=True)
@@ -125,6 +129,48 @@ def test_the_best_checkpoint_outlives_its_age(base, dev, best, tmp_path):
     assert same_bytes(folder, best) and ending_of(folder) == ending_of(best)
 
 
+def test_a_student_learns_from_what_its_teacher_ended_with(base, best):
+    """The best checkpoint of a teacher with keep_best; the last of one without; another by its number."""
+    student = base.replace(experiment='x', teacher=None, teacher_exp='LAD')
+    ended = ending_of(best)['checkpoint']
+    taught = [find_teacher(student.replace(tckpt=n), best.parent).folder for n in (None, 12)]
+    assert [f.name for f in taught] == [f'checkpoint-{ended}', 'checkpoint-12'] and ended < 12
+    assert (taught[0]/FILES[0]).read_bytes() == (best/FILES[0]).read_bytes()
+    (best/'ending.json').rename(aside := best.parent/'ending.json')  # as after a run without it
+    try: assert find_teacher(student, best.parent).folder.name == 'checkpoint-12'
+    finally: aside.rename(best/'ending.json')
+
+
+def test_predictions_are_those_of_the_checkpoint_that_a_run_ended_with(best, capsys):
+    flags = f'--experiment LAD --task toy --dataset dev --device_id -1 --root {best.parent}'.split()
+    place, asked = f"checkpoint-{ending_of(best)['checkpoint']}", ['generate_test_prediction', *flags]
+    assert main([*asked, '--dry_run']) == 0
+    assert [os.path.basename(p) for p in json.loads(capsys.readouterr().out)['checkpoints']] == [place]
+    assert main(asked) == 0
+    assert f'predictions/{place}/' in capsys.readouterr().out
+
+
+def test_a_run_goes_again_with_the_teacher_that_it_had(base, best):
+    """Its experiment has another end than the checkpoint that was learned from."""
+    student = base.replace(experiment='again', teacher=None, teacher_exp='LAD', tckpt=12, total_step=3)
+    folder = run(student, best.parent, progress=False)
+    said = json.loads((folder/'recipe.json').read_text())
+    said['recipe']['tckpt'] = None  # the last, when it began
+    (folder/'recipe.json').write_text(json.dumps(said))
+    twin = rerun(folder, progress=False)
+    assert same_bytes(twin, folder)
+    told = json.loads((twin/'recipe.json').read_text())
+    assert told['teacher'] == said['teacher'] and told['recipe']['teacher_exp'] is None
+
+
+def test_a_teacher_is_named_once(base, tmp_path, capsys):
+    with pytest.raises(ValueError, match="teacher_exp is 'other' and tckpt is 231 as well.*Take one of the"):
+        resolve(base.replace(teacher_exp='other', tckpt=231), tmp_path)
+    asked = f'eval_dev_loss --experiment x --task toy --teacher {base.teacher} --root {tmp_path}'.split()
+    assert main([*asked, '--tckpt', '4']) == 2
+    assert 'and tckpt is 4 as well' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('step', [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 11))])
 def test_a_killed_run_goes_on_to_the_same_end(base, dev, best, tmp_path, step):
     killed(step, base.replace(**WATCH), tmp_path, eval_rows=dev)
@@ -146,6 +192,38 @@ def test_patience_ends_a_run_and_a_kill_does_not_renew_it(base, dev, best, tmp_p
     for _ in range(2):  # the second time it is over, and stays as it is
         folder = run(recipe, tmp_path/'killed', resume=True, progress=False, eval_rows=dev)
         assert same_bytes(folder, whole) and ending_of(folder) == ending
+
+
+def test_a_stepper_scores_rows_that_are_given(base, dev, best, tmp_path):
+    """As a run does, also when it goes on."""
+    with Stepper(base.replace(**WATCH), tmp_path, eval_rows=dev) as held: held.step(5)
+    held.resume()
+    held.run_until()
+    assert same_bytes(held.folder, best) and ending_of(held.folder) == ending_of(best)
+
+
+def test_the_best_is_chosen_on_dev_wherever_dev_is_named(base, tmp_path):
+    plan = resolve(base.replace(**WATCH, eval_on=('train', 'dev')), tmp_path)
+    assert plan.best_metric == 'dev_accuracy' and [*plan.eval_rows] == ['dev', 'train']
+    assert resolve(base.replace(**WATCH, eval_on=('train',)), tmp_path).best_metric == 'accuracy'
+
+
+def test_what_is_scored_is_named_once(base, dev, tmp_path):
+    with pytest.raises(ValueError, match=r"eval_on is \('train',\), and eval_rows were given as well"):
+        resolve(base.replace(eval_step=4, eval_on=('train',)), tmp_path, eval_rows=dev)
+
+
+def test_rows_to_score_on_are_asked_for_where_a_task_has_no_folder(base, dev, tmp_path):
+    """Rows to train on were given; those to score on are not found by themselves."""
+    own_task('given', get_task('toy').labels, ('sentence1', 'sentence2'))
+    try:
+        recipe = base.replace(task='given', eval_step=4, train_size=None)
+        with pytest.raises(FileNotFoundError, match='given has no folder with a dev split.*eval_rows=') as e:
+            resolve(recipe, tmp_path, rows=load_task('toy', size=40))
+        assert '(rows=' not in str(e.value)
+        plan = resolve(recipe, tmp_path, rows=load_task('toy', size=40), eval_rows=dev)
+        assert [*plan.eval_rows] == ['rows']
+    finally: tasks.pop('given')
 
 
 @pytest.mark.slow
@@ -233,3 +311,47 @@ def test_a_tracker_gets_the_numbers_of_the_log(base, tmp_path, monkeypatch):
     twin = rerun(folder, progress=False)  # somebody's trackers are not turned on
     assert len(client.search_runs([found.info.experiment_id])) == 1
     assert same_bytes(twin, folder)
+
+
+@pytest.mark.parametrize('form', [{}, dict(teacher_cache=True)])
+def test_no_row_is_padded_to_more_than_a_model_has_positions(base, dev, tiny, tmp_path, form):
+    """Twenty of them, and rows that fill them: the next multiple of eight would be too long."""
+    few = BertConfig.from_pretrained(tiny, max_position_embeddings=20)
+    BertForSequenceClassification(few).save_pretrained(tmp_path/'few')
+    load_tokenizer(tiny).save_pretrained(tmp_path/'few')
+    long = [dict(row, sentence1=' '.join([row['sentence1']]*5)) for row in dev]
+    recipe = base.replace(teacher=str(tmp_path/'few'), ptrain_ver=str(tmp_path/'few'), max_seq_len=20,
+                          train_size=None, total_step=2, warmup_step=1, eval_step=2, **form)
+    folder = run(recipe, tmp_path, progress=False, rows=long, eval_rows=long)
+    scores = evaluate(folder, 'toy', rows=long, max_seq_len=20)
+    assert scores['accuracy'] == evaluations(folder)[-1]['eval_accuracy']
+    assert len(costs({name: tmp_path/'few' for name in 'ab'}, 'toy', max_seq_len=20, rows=4, rounds=1)) == 2
+
+
+def test_a_run_is_asked_with_rows_of_its_length(best, dev, tmp_path):
+    """They were cut to 24 tokens in training, and are by default; for a model of no run it is 128."""
+    long = [dict(row, sentence1=' '.join([row['sentence1']]*5)) for row in dev]
+    assert (max_seq_len_of(best), max_seq_len_of(load_classifier(best))) == (24, 128)
+    for place in (best, best/'checkpoint-12'):
+        said = {S: {} for S in (None, 24, 60)}
+        for S in said: evaluate(place, 'toy', rows=long, max_seq_len=S, answers=said[S], device_id=-1)
+        logits = {S: found['rows'][1] for S, found in said.items()}
+        assert (logits[None] == logits[24]).all() and (logits[None] != logits[60]).any()
+        files = [write_predictions(place, 'toy', tmp_path/str(S), max_seq_len=S, rows=long, device_id=-1)[0]
+                 for S in (None, 24)]
+        assert files[0].read_text() == files[1].read_text()
+    assert len(costs(dict(ours=best), 'toy', rows=4, rounds=1)) == 1
+
+
+def test_a_held_run_is_scored_on_the_rows_of_its_folder(base, dev, tmp_path, monkeypatch):
+    """Its plan names that folder as seen from the experiments, not from where the program runs."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        write_task('pairs', 'rows', get_task('toy').labels, train=load_task('toy', size=40), dev=dev)
+        recipe = base.replace(task='pairs', data_dir='rows', train_size=None)
+        with Stepper(recipe, 'experiments') as held:
+            held.step()
+            assert held.trainer.description['recipe']['data_dir'] == '../rows'
+            scores = held.score()
+            assert held.score(rows=dev) == scores == held.score(data_dir='rows')
+    finally: tasks.pop('pairs', None)
