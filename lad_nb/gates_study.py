@@ -181,7 +181,8 @@ def decided_table(
     told = told.assign(**{name: told[name].where(told[name] > told.n) for name in seeds})
     shown = ['claim', 'n', 'points', 'redrawn', 'p_holm', 'p_same_holm', 'verdict', 'seeds_to_differ',
              'seeds_to_same']
-    return told.assign(points=in_points(told, 2), redrawn=again).set_index('difference')[shown].round(4)
+    table = told.assign(points=in_points(told, 2), redrawn=again).set_index('difference')[shown].round(4)
+    return table.dropna(axis='columns', how='all')
 
 # %% ../nbs/69_gates_study.ipynb #f02d7c64
 def power_table(
