@@ -20,8 +20,8 @@ from .executors import check_executor
 from .tasks import get_task
 from .gates import measure_name
 from .recipes import Recipe
-from .results import (answers_of, check_comparable, labels_of, lines_by_run, read_results, run_key,
-                            safe_name, train_rows)
+from .results import (answers_of, check_comparable, labels_of, lines_by_run, run_key, safe_name,
+                            train_rows)
 from .jobs import check_code, check_encoders, do_job, do_jobs, job_folder, job_told, teach, value_told
 
 # %% ../nbs/63_study.ipynb #709905ba
@@ -229,15 +229,22 @@ def _check_scored(study, lines):
                              f"there was scored on {got} {name} rows; {study.name} asks for {asked}. "
                              "Give the changed study another name, or take its old lines out of runs.jsonl.")
 
+def _lines_of(study, planned, results):
+    "The result lines of jobs, in the order of the jobs, whichever ended first"
+    done = lines_by_run(results)
+    lines = [done[key] for key in map(run_key, planned) if key in done]
+    _check_scored(study, lines)
+    return lines
+
 def missing(
     study: Study,
     results: str | Path, # folder of the results
     stage: str='run',    # 'tune' or 'run'
 ) -> list:               # of jobs
     "The runs of a stage that have no result yet"
-    done, wanted = lines_by_run(results), {run_key(job): job for job in jobs(study, results, stage)}
-    _check_scored(study, [done[key] for key in wanted if key in done])
-    return [job for key, job in wanted.items() if key not in done]
+    planned = jobs(study, results, stage)
+    done = set(map(run_key, _lines_of(study, planned, results)))
+    return [job for job in planned if run_key(job) not in done]
 
 # %% ../nbs/63_study.ipynb #c79674f4
 def _rates_from(study):
@@ -263,11 +270,8 @@ def _ready(study, results):
 # %% ../nbs/63_study.ipynb #6db9d94c
 def _finished(study, results, stage='run'):
     "Result lines of a stage; none whose learning rate is not chosen yet"
-    lines, study = read_results(results), study if stage == 'tune' else _ready(study, results)
-    wanted = {run_key(j) for j in jobs(study, results, stage)} if study.tasks else ()
-    lines = [l for l in lines if l['stage'] == stage and run_key(l) in wanted]
-    _check_scored(study, lines)
-    return lines
+    if stage != 'tune': study = _ready(study, results)
+    return _lines_of(study, jobs(study, results, stage), results) if study.tasks else []
 
 # %% ../nbs/63_study.ipynb #80c9e28f
 def _compared(study, results, stage='run'):
@@ -452,11 +456,7 @@ def collect_teachers(
     results: str | Path, # folder of the results
 ) -> pd.DataFrame:       # task, method ('teacher'), seed, lr, metric, value
     "The scores of the study's teachers, on what its students are scored on"
-    wanted = {run_key(_teacher_job(study, task, teacher))
-              for task in study.tasks for teacher in _teachers(study, task)}
-    lines = [line for line in read_results(results) if run_key(line) in wanted]
-    _check_scored(study, lines)
-    rows = [_score_rows(line) for line in lines]
+    rows = [_score_rows(line) for line in _lines_of(study, _teacher_jobs(study, study.tasks), results)]
     return pd.DataFrame(sum(rows, []), columns=['task', 'method', 'seed', 'lr', 'metric', 'value'])
 
 # %% ../nbs/63_study.ipynb #7178b541
