@@ -25,7 +25,7 @@ from .targets import Gate, Layer
 from .losses import has_label
 from .distiller import DistilOutput
 from .runs import checkpoints, find_checkpoint
-from .training import load_gates
+from .checkpoints import load_gates
 from .experiment import join_teacher, open_run
 from .movement import fresh_objective
 

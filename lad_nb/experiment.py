@@ -35,8 +35,9 @@ from .runs import (PLACES, check_given, check_new, check_sources, experiment_fol
 from .cache import teacher_cache
 from .health import check_hard_term, check_task
 from .updates import updates_per_epoch
-from .training import (DistilArguments, DistilTrainer, check_enough, check_ours, check_trackers,
-                             ending_of, load_gates, train)
+from .checkpoints import load_gates
+from .training import (
+    DistilArguments, DistilTrainer, check_enough, check_ours, check_trackers, ending_of, train)
 from .recipes import (Recipe, check_recipe, check_schedule, fitting_warmup, in_updates, mapping_of,
                             recipe_from_dict, student_start)
 from .sources import (FoundModel, NotAllowed, check_method, check_sizes_allowed, find_encoder,

@@ -114,12 +114,17 @@ def decide_twice(
     claims: tuple,       # as `decide` takes them
     margin: float=MARGIN,
     metric: str='accuracy', # or 'f1', of the unseen rows
+    only: tuple | None=None, # some of the claims: the rows to give, corrected for all; all by default
 ) -> pd.DataFrame:       # as `decide`, and by_model, low_redrawn, high_redrawn, p_redrawn
     "All claims of a study at once, by the model and by redrawn seeds and rows"
     task, = study.tasks
+    if strange := [c for c in only or () if c not in claims]:
+        raise ValueError(f"{strange[0].text!r} is not among the {len(claims)} claims that are decided.")
     runs, (answers, labels) = collect(study, results), collect_answers(study, results, task, 'unseen')
     told = decide(runs[runs.metric == f'{metric}_unseen'], claims, margin)
-    redrawn = [multi_bootstrap(answers, labels, c.better, c.worse, metric, resamples=20_000) for c in claims]
+    asked = [c for c in claims if only is None or c in only]
+    told = told[[c in asked for c in claims]].reset_index(drop=True)
+    redrawn = [multi_bootstrap(answers, labels, c.better, c.worse, metric, resamples=20_000) for c in asked]
     for name in ('low', 'high', 'p'): told[f'{name}_redrawn'] = [each[name] for each in redrawn]
     told['by_model'] = told.verdict
     found = zip(told.verdict, told.low_redrawn, told.high_redrawn)

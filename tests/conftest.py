@@ -103,14 +103,17 @@ class Counts:
         self.file.write_text(''.join(json.dumps(found[at]) + '\n' for at in sorted(found)))
 
 
-LONG = ['runbook', 'studies', 'faults', 'cache', 'analysis', 'cli', 'browser', 'training', 'benchmark',
-        'widgets', 'distributed', 'loading', 'tasks', 'security', 'moves']  # begun first, the longest first
+LONG = ['runbook', 'families', 'faults', 'browser', 'analysis', 'training', 'studies', 'loading', 'matches',
+        'while_training', 'cli', 'tasks', 'rows', 'distributed', 'card', 'moves', 'widgets', 'security',
+        'cache', 'values', 'compare', 'unseen_rows', 'what_ran', 'own_gates',
+        'benchmark']  # begun first, the longest first
 
 
 def pytest_configure(config):
-    import lad_nb.study  # noqa: F401  nearly all tests need it, and all that it imports
-    gc.collect()
-    gc.freeze()  # collections are many, and need not look at libraries again and again
+    if config.getoption('dist', 'no') == 'no' or hasattr(config, 'workerinput'):  # this process runs tests
+        import lad_nb.study  # noqa: F401  nearly all tests need it, and all that it imports
+        gc.collect()
+        gc.freeze()  # collections are many, and need not look at libraries again and again
     config.option.loadscopereorder = False  # xdist would begin with the file that has the most tests
     slow, counts = config.getoption('--slow'), config.getoption('--counts')
     os.environ.setdefault('LAD_NB_SEED', str(random.SystemRandom().randrange(10**6) if slow else 7))

@@ -22,7 +22,7 @@ from lad_nb.durable import CHECKSUMS, find_damage
 from lad_nb.experiment import open_run, rerun, run
 from lad_nb.model_card import MARK, make_card
 from lad_nb.push import files_to_push
-from lad_nb.training import load_gates
+from lad_nb.checkpoints import load_gates
 
 from conftest import same_bytes
 

@@ -26,7 +26,7 @@ from lad_nb.runs import checkpoints, find_checkpoint
 from lad_nb.students import make_student
 from lad_nb.tasks import write_task
 from lad_nb.toy import toy_examples
-from lad_nb.training import load_gates
+from lad_nb.checkpoints import load_gates
 
 pytestmark = pytest.mark.faults
 CHECKSUMS = 'checksums.json'

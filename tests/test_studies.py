@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 from datasets import Dataset
@@ -20,9 +21,10 @@ from two_processes import study
 from lad_nb import leases
 from lad_nb.durable import append_line, lock_folder
 from lad_nb.evaluation import score
+from lad_nb.gates_study import decide_twice
 from lad_nb.results import (answers_of, append_result, check_comparable, kept_answers, labels_of,
                             read_results, run_key, scores_again)
-from lad_nb.section5 import section5, verdicts
+from lad_nb.section5 import Claim, section5, verdicts
 from lad_nb.study import (at_the_edge, chosen_lrs, chosen_tries, collect, collect_answers, collect_teachers,
                           cost, jobs, missing, run_job, run_study, tuning_table)
 from lad_nb.unseen import unseen_rows
@@ -599,6 +601,17 @@ def test_collected_answers(crossed, crossed_done, scored, metric):
     assert ((answers == labels).mean(axis=1) == table[answers.index]).all()
     with pytest.raises(ValueError, match="answers on 'test'. Kept were: dev, unseen"):
         collect_answers(crossed, crossed_done, 'toy', 'test')
+
+
+def test_some_of_the_claims_are_decided_as_all_are(crossed, crossed_done):
+    """`only` leaves rows out, and corrects for all claims; a claim that is not among them is refused."""
+    claims = tuple(Claim('', f'{a} beats {b}', a, b) for a, b in (('LAD', 'KD'), ('KD', 'LAD')))
+    whole = decide_twice(crossed, crossed_done, claims)
+    some = decide_twice(crossed, crossed_done, claims, only=claims[1:])
+    pd.testing.assert_frame_equal(some, whole[1:].reset_index(drop=True))
+    pd.testing.assert_frame_equal(decide_twice(crossed, crossed_done, claims, only=claims[::-1]), whole)
+    with pytest.raises(ValueError, match="'LAD beats KD' is not among the 1 claims"):
+        decide_twice(crossed, crossed_done, claims[1:], only=claims[:1])
 
 
 def changed(lines, which, **change):
