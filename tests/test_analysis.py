@@ -259,8 +259,9 @@ METHODS = [
     ('lad', {}), ('partial_lad', {}), ('alp_kd_hidden', {}),
     *(pytest.param(m, {}, marks=pytest.mark.slow)
       for m in ('lad_no', 'bert_pkd', 'lad_cls', 'lad_reversed', 'alp_kd')),
-    ('lad', dict(norm='sequence', padding='max_length')),
-    ('lad_user_defined', dict(gate_indices=(6, 4), student_indices=(3, 1)))]
+    *(pytest.param(m, options, marks=pytest.mark.slow)
+      for m, options in (('lad', dict(norm='sequence', padding='max_length')),
+                         ('lad_user_defined', dict(gate_indices=(6, 4), student_indices=(3, 1)))))]
 
 
 def sums(frame, by): return frame.groupby(by).share.sum() + frame.groupby(by).bias.first()

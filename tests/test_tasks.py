@@ -59,7 +59,7 @@ def test_best_by_each_metric(tmp_path, capsys):
 @pytest.mark.parametrize('task, columns, files', [
     pytest.param('stsb', ['step', 'pearson', 'spearman'], ['STS-B.tsv'], marks=pytest.mark.slow),
     ('mnli', ['step', 'accuracy_matched', 'accuracy_mismatched'], ['MNLI-m.tsv', 'MNLI-mm.tsv']),
-    ('cola', ['step', 'matthews_correlation'], ['CoLA.tsv'])])
+    pytest.param('cola', ['step', 'matthews_correlation'], ['CoLA.tsv'], marks=pytest.mark.slow)])
 def test_from_files_to_submission(tmp_path, task, columns, files):
     write_folder(tmp_path, task)
     few = dict(task=task, data_dir=str(tmp_path), max_seq_len=32, batch_size=8, total_step=2, warmup_step=1,
