@@ -50,10 +50,11 @@ def known(monkeypatch):
 @pytest.fixture(scope='module')
 def tempered(quick, tmp_path_factory):
     """A run with tempered gates, and one with the package's own beside it."""
-    root, gate_kinds['tempered'] = tmp_path_factory.mktemp('own'), Tempered
-    own = quick.replace(gate_lr=1e-2)
+    root, own = tmp_path_factory.mktemp('own'), quick.replace(gate_lr=1e-2)
     run(own, root, progress=False)
-    return run(own.replace(experiment='tempered', gate='tempered'), root, progress=False)
+    with pytest.MonkeyPatch.context() as patch: # a kind that stayed would be known to other files' tests
+        patch.setitem(gate_kinds, 'tempered', Tempered)
+        return run(own.replace(experiment='tempered', gate='tempered'), root, progress=False)
 
 
 def test_a_recipe_names_its_gates_only_where_they_are_others():
