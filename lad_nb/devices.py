@@ -36,7 +36,10 @@ def _bf16_units(device):
         has = bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
         return has, f"{torch.cuda.get_device_name(device)} has {'' if has else 'no '}bf16 units"
     if device == 'cpu':
+        level = torch.backends.cpu.get_cpu_capability() # ATEN_CPU_CAPABILITY holds it down
         has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        if has and not level.startswith('AVX512'):
+            return False, f'this processor is held to {level}, without its bf16 units'
         return has, f"this processor has {'' if has else 'no '}bf16 units (AMX or AVX512-BF16)"
     return False, f'bf16 is not used on {device}'
 
