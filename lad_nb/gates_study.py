@@ -137,7 +137,14 @@ _plain = {
     'last layer': "the teacher's last layer", 'random layers': 'layers drawn at random (RAIL-KD)',
     'BERT-PKD': 'every other layer (BERT-PKD)', 'layer mean': 'a plain mean of all layers',
     'frozen gates': 'gates that are never trained', 'LAD': 'gates, trained as LAD trains them',
-    'gates by task': 'gates that the task trains'}
+    'gates by task': 'gates that the task trains',
+    'LAD-CLS': 'gates, on [CLS] alone', 'LAD-NO': 'gates of separate buckets',
+    'ALP-KD-hidden': 'attention over all layers (ALP-KD)',
+    'ALP-KD-v2': "attention over layers up to the student layer's own",
+    'scalar mix by task': 'one weight a layer that the task trains',
+    'LAD by CKA': 'gates, matched by CKA', 'LAD by relations': 'gates, matched by relations among tokens',
+    'LAD unscaled': "gates, at the scripts' scale",
+    'BERT-PKD unscaled': "every other layer, at the scripts' scale"}
 
 def plain_table(
     told: pd.DataFrame, # from `decide_twice`
