@@ -10,7 +10,7 @@ __all__ = ['Plan', 'mapping_told', 'sources_told', 'scored_told', 'schedule_told
            'open_run', 'rerun']
 
 # %% ../nbs/47_experiment.ipynb #f1d0af50
-import os, warnings
+import copy, os, warnings
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -416,10 +416,17 @@ def saved_reader(
     student,   # a classifier
     tokenizer, # its encoder's
     theirs,    # the teacher's, with the same ids; None without one
-):             # one of the two
-    "The tokenizer that is saved with a student: the one whose segments it learned from, if it reads any"
-    reads_segments = 'token_type_ids' in inputs_of(student, dict(token_type_ids=()))
-    return reader_of(tokenizer, theirs) if reads_segments else tokenizer
+):             # one of the two, or the student's without segments
+    "The tokenizer that is saved with a student: it marks the segments that the student reads, or none"
+    if 'token_type_ids' in inputs_of(student, dict(token_type_ids=())): return reader_of(tokenizer, theirs)
+    return _without_segments(tokenizer)
+
+def _without_segments(tokenizer):
+    "The same tokenizer, marking no segments: a plain pipeline gives a model all that its tokenizer makes"
+    tokenizer = copy.deepcopy(tokenizer)
+    names = [name for name in tokenizer.model_input_names if name != 'token_type_ids']
+    tokenizer.model_input_names = tokenizer.init_kwargs['model_input_names'] = names # the latter is saved
+    return tokenizer
 
 def encode_for_both(
     plan: Plan,
@@ -459,7 +466,7 @@ def assemble(
     args = DistilArguments.from_plan(plan, progress)
     distiller, tokenizer = assemble_distiller(plan)
     theirs = None if plan.teacher is None else load_tokenizer(plan.teacher.folder)
-    if not plan.own_ids: tokenizer = saved_reader(distiller.student, tokenizer, theirs)
+    tokenizer = saved_reader(distiller.student, tokenizer, None if plan.own_ids else theirs)
     data, cache = encode_for_both(plan, tokenizer, theirs), None
     if distiller.teacher is not None:
         beside = plan.teacher_device == plan.device # under torchrun each process has its own

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import pipeline
 from conftest import FEW
 from families import FAMILIES, make_folder, write_rows
 
@@ -17,6 +18,7 @@ from lad_nb.recipes import FAST, Recipe
 from lad_nb.similarity import dev_losses, layer_cka, teacher_agreement
 from lad_nb.stepper import Stepper
 from lad_nb.study import Study, run_study
+from lad_nb.tasks import get_task
 
 SHORT = FEW | dict(batch_size=8, max_seq_len=48)
 
@@ -82,6 +84,21 @@ def test_a_student_is_saved_with_the_segments_that_it_learned_from(root):
     assert 'token_type_ids' in rows.column_names
     trained = torch.from_numpy(predict(distiller.student, rows, reader, device_id=-1)).double()
     assert torch.equal(answers(root, folder), trained)
+
+
+def test_a_student_of_one_segment_type_answers_on_pairs(root):
+    """Its encoder's tokenizer marks two segments, it has one: a plain pipeline would give both, and raise."""
+    recipe = student(root, 'one-type', 'BERT', type_vocab_size=1)
+    with pytest.warns(UserWarning, match='type_vocab_size 1'): folder = run(recipe, root, progress=False)
+    assert 'token_type_ids' in load_tokenizer(root/'BERT').model_input_names
+    assert load_tokenizer(folder).model_input_names == ['input_ids', 'attention_mask']
+    dev = load_task('toy', 'dev', root/'rows')
+    classify = pipeline('text-classification', model=str(folder), device='cpu', top_k=None)
+    found = classify([dict(text=row['sentence1'], text_pair=row['sentence2']) for row in dev])
+    odds = answers(root, folder).softmax(-1)
+    for row, told in zip(odds, found):
+        score_of = {each['label']: each['score'] for each in told}
+        assert [score_of[label] for label in get_task('toy').labels] == pytest.approx(row.tolist(), abs=1e-5)
 
 
 def test_a_tokenizer_each(root):
