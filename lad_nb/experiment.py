@@ -30,8 +30,8 @@ from .models import load_tokenizer, same_tokens, tokenizer_hashes
 from .encoders import check_labels, load_classifier, load_encoder, make_classifier
 from .students import SIZES, init_layers, make_student, other_sizes
 from .scores import score
-from .runs import (PLACES, check_given, check_new, check_sources, experiment_folder, find_checkpoint,
-                         end_of, find_experiment, remember, run_description, seen_from, warn_changed)
+from .runs import (check_given, check_new, check_sources, experiment_folder, find_checkpoint,
+                         end_of, find_experiment, remember, run_description, seen_places, warn_changed)
 from .cache import teacher_cache
 from .health import check_hard_term, check_task
 from .updates import updates_per_epoch
@@ -92,8 +92,7 @@ class Plan:
 # %% ../nbs/47_experiment.ipynb #f682e6ce
 def _recipe_told(plan):
     "The recipe, as it was settled"
-    said = plan.recipe.to_dict()
-    told = dict(recipe=said | {name: seen_from(said[name], plan.root) for name in PLACES})
+    told = dict(recipe=seen_places(plan.recipe.to_dict(), plan.root))
     return told | own_task_told(get_task(plan.recipe.task))
 
 def _student_told(plan):

@@ -22,7 +22,7 @@ from .gates import gate_kinds
 from .mappings import Source
 from .models import weights_hash
 from .runs import (check_same, checkpoints, class_told, code_version, experiment_folder,
-                         run_description, versions)
+                         run_description, seen_places, versions)
 from .recipes import in_updates, recipe_from_dict
 from .sources import settle_families
 from .experiment import run
@@ -133,7 +133,8 @@ def _same_teacher(line, job):
 def _fine_tune(recipe, folder, root, say):
     "Fine-tune one teacher, in a folder that no other process has, or check the one that is there; its hash"
     if (folder/'model.safetensors').exists():
-        check_same(folder, dict(recipe=in_updates(recipe, train_rows(recipe)).to_dict()))
+        told = in_updates(recipe, train_rows(recipe)).to_dict()
+        check_same(folder, dict(recipe=seen_places(told, root)))
     else:
         say(f'teacher on {recipe.task}: {recipe.total_step} updates')
         run(recipe, root, resume=True, progress=False)

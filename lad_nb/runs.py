@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'experiment_folder', 'find_experiment', 'check_new', 'checkpoints', 'find_checkpoint', 'sound_checkpoint',
-           'read_log', 'versions', 'code_version', 'seen_from', 'found_from', 'remember', 'remembered', 'found_places',
-           'run_description', 'task_of', 'run_setting', 'end_of', 'bad_rows_of', 'max_seq_len_of', 'pretrained_of',
-           'check_sources', 'check_given', 'class_told', 'own_classes', 'what_ran', 'changed_classes', 'warn_changed',
-           'check_classes', 'check_same']
+           'read_log', 'versions', 'code_version', 'seen_from', 'seen_places', 'found_from', 'remember', 'remembered',
+           'found_places', 'run_description', 'task_of', 'run_setting', 'end_of', 'bad_rows_of', 'max_seq_len_of',
+           'pretrained_of', 'check_sources', 'check_given', 'class_told', 'own_classes', 'what_ran', 'changed_classes',
+           'warn_changed', 'check_classes', 'check_same']
 
 # %% ../nbs/40_runs.ipynb #e0ec8bd2
 import ast, contextlib, dis, hashlib, inspect, json, os, platform, re, subprocess, sys
@@ -195,6 +195,13 @@ def seen_from(
     try: way = Path(os.path.relpath(name, root)).as_posix()
     except ValueError: way = Path(name).name # another drive
     return way if way.startswith('..') else f'./{way}' # a hub id never starts with a dot
+
+def seen_places(
+    recipe: dict,      # a recipe as it was given
+    root: str | Path,  # the folder of experiments
+) -> dict:
+    "The recipe as a run folder writes it; `found_places` goes back"
+    return recipe | {name: seen_from(recipe[name], root) for name in PLACES}
 
 # %% ../nbs/40_runs.ipynb #a804617a
 def found_from(

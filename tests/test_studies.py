@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,18 @@ def finished(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp('finished')
     run_study(study(tiny, 10), folder, folder, say=silent)
     return folder
+
+
+def test_a_study_goes_on_with_an_encoder_that_is_named_from_here(tiny, tmp_path, monkeypatch):
+    """Its runs are elsewhere. The second time, the teacher is there and has to be known as the same."""
+    shutil.copytree(tiny, tmp_path / 'here' / 'encoders' / 'tiny')
+    monkeypatch.chdir(tmp_path / 'here')
+    small, where = study('encoders/tiny', 6), ('../there/runs', '../there/results')
+    assert len(run_study(replace(small, seeds=(42,)), *where, say=silent)) == 2
+    assert len(run_study(small, *where, say=silent)) == 4
+    other = replace(small.teachers['toy'], lr=1e-4)
+    with pytest.raises(ValueError, match='cannot go on with another recipe: lr is 0.0001'):
+        run_study(replace(small, teachers=dict(toy=other), seeds=(42, 43, 44)), *where, say=silent)
 
 
 @pytest.fixture
