@@ -415,9 +415,9 @@ def _train(trainer, folder, description, resume):
 
 # %% ../nbs/44_training.ipynb #58d7914b
 # beside the files in checksums.json, what lad_nb leaves in a run folder
-_OURS = ('recipe.json', ENDING, CHECKSUMS, LOCK, 'log.jsonl', 'tensorboard', 'checkpoint-*', 'predictions',
-         'task.json', 'README.md', 'eval-*.csv', '*-loss.csv', '*.safetensors', 'config.json', '*.png',
-         '.writing', '.final', '.removing', '.*.part')
+_OURS = ('recipe.json', ENDING, CHECKSUMS, LOCK, 'log.jsonl', 'seconds.json', 'tensorboard', 'checkpoint-*',
+         'predictions', 'task.json', 'README.md', 'eval-*.csv', '*-loss.csv', '*.safetensors', 'config.json',
+         '*.png', '.writing', '.final', '.removing', '.*.part')
 
 def check_ours(
     folder: str | Path, # that would be emptied

@@ -17,14 +17,16 @@ import pandas as pd
 import psutil
 import pytest
 from datasets import Dataset
+from transformers import TrainerCallback
 from two_processes import study
 
+from lad_nb import jobs as doing
 from lad_nb import leases
 from lad_nb.durable import append_line, lock_folder
 from lad_nb.evaluation import score
 from lad_nb.gates_study import decide_twice
 from lad_nb.results import (answers_of, append_result, check_comparable, kept_answers, labels_of,
-                            read_results, run_key, scores_again)
+                            lines_by_run, read_results, run_key, scores_again)
 from lad_nb.section5 import Claim, section5, verdicts
 from lad_nb.study import (at_the_edge, chosen_lrs, chosen_tries, collect, collect_answers, collect_teachers,
                           cost, jobs, missing, run_job, run_study, tuning_table)
@@ -171,6 +173,41 @@ def test_a_study_goes_on_with_an_encoder_that_is_named_from_here(tiny, tmp_path,
     other = replace(small.teachers['toy'], lr=1e-4)
     with pytest.raises(ValueError, match='cannot go on with another recipe: lr is 0.0001'):
         run_study(replace(small, teachers=dict(toy=other), seeds=(42, 43, 44)), *where, say=silent)
+
+
+class StopsAfter10(TrainerCallback):
+    """Stops a run once it has the checkpoint of update 10."""
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 10:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_stopped_took_as_long_as_its_parts(tiny, tmp_path, monkeypatch):
+    alone = replace(study(tiny, 20), methods=dict(alone=dict(method='undistilled')), seeds=(42,))
+    job, real = jobs(alone, tmp_path)[0], doing.run
+
+    def stopped(*args, callbacks, **more):
+        return real(*args, callbacks=[*callbacks, StopsAfter10()], **more)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(doing, 'run', stopped)
+        doing.do_job(job, tmp_path, tmp_path)
+    notes = doing.job_folder(job, tmp_path) / 'seconds.json'
+    before = json.loads(notes.read_text())['10']
+    notes.write_text(json.dumps({'10': before + 1000, '20': 9999}))  # the second part was lost
+    began = time.time()
+    line = doing.do_job(job, tmp_path, tmp_path)
+    assert line['resumed'] and not notes.exists()
+    assert before + 1000 < line['train_seconds'] <= line['seconds'] < before + 1000.1 + time.time() - began
+
+
+def test_a_study_that_makes_checkpoints_more_often_goes_on(tiny, tmp_path):
+    small = replace(study(tiny, 6), seeds=(42,))
+    run_study(small, tmp_path, tmp_path, say=silent)
+    often = replace(small, base=small.base.replace(ckpt_step=2), seeds=(42, 43))
+    done = lines_by_run(tmp_path)
+    assert [job['seed'] for job in jobs(often, tmp_path) if run_key(job) not in done] == [43, 43]
+    assert len(run_study(often, tmp_path, tmp_path, say=silent)) == 4
 
 
 @pytest.fixture
