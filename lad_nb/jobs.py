@@ -66,7 +66,6 @@ class Clock(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         "Trainer has written a checkpoint"
-        if not state.is_world_process_zero: return
         self.noted[str(state.global_step)] = round(self.seconds(), 1)
         write_text(self.path, json.dumps(self.noted))
 
